@@ -30,6 +30,9 @@ GPU = dict(widths=[64, 128, 256], blocks=2, patch=1, steps=6000, batch_size=256)
 CPU = dict(widths=[64, 128], blocks=2, patch=2, steps=2000, batch_size=64)
 SMOKE = dict(widths=[8, 16], blocks=1, patch=2, steps=3, batch_size=4, T=10, samples=4, data="strokes")
 SECONDS_PER_IMAGE = 0.002  # of training on two cores
+NETWORK_SECONDS = 10  # a server that says nothing for so long is given up
+
+# 1. Forward process -------------------------------------------------------------------------------------------
 
 
 def linear_beta(T=1000):
@@ -49,7 +52,6 @@ class Diffusion:
     model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
     """
 
-    # 1. Forward process -----------------------------------------------------------------------------------
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
@@ -197,10 +199,10 @@ def load_mnist(root):
 
     path = Path(root) / "MNIST" / "raw" / "train-images-idx3-ubyte"
     if not path.exists():
-        socket.setdefaulttimeout(10)
+        socket.setdefaulttimeout(NETWORK_SECONDS)
         url = mnist.MNIST.mirrors[0] + mnist.MNIST.resources[0][0]
         # First in a thread that need not be waited for: looking up the server's name knows no time limit.
-        ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=10).close()
+        ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=NETWORK_SECONDS).close()
         mnist.MNIST(root, download=True)
     try:
         return mnist.read_image_file(path).unsqueeze(1)
@@ -280,6 +282,7 @@ def show_loss(bar, losses):
     """Show the mean of the last 50 losses; stop the run if it is no number any more."""
     mean = losses[-50:].mean().item()
     if not math.isfinite(mean):
+        bar.close()
         fail(f"the loss became {mean} before step {len(losses)}: try a smaller --lr than this one")
     bar.set_postfix(loss=f"{mean:.4f}")
 
@@ -287,7 +290,7 @@ def show_loss(bar, losses):
 # 7. Files and command line ------------------------------------------------------------------------------------
 def fail(message):
     """End the program with one line and exit code 2."""
-    sys.exit(print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr) or 2)
+    sys.exit(print(f"{Path(__file__).name}: {message}", file=sys.stderr) or 2)
 
 
 def write(path, save):
@@ -307,11 +310,11 @@ def write_grid(path, images, columns):
 
 
 def write_denoising(path, diffusion, model, trajectory):
-    """Write how images come out of noise: each x_t, and below it x0_hat. trajectory: {t: x_t}, from T to 0."""
+    """Write how 4 images come out of noise: every x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
     pairs = []
     for t, xt in trajectory.items():
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device)) if t > 0 else 0
-        pairs.append(torch.stack([xt, diffusion.predict_x0(xt, t, eps_hat)], dim=1))  # (N, 2, C, H, W)
+        eps_hat = model(xt[:4], torch.full((len(xt[:4]),), t, device=xt.device)) if t > 0 else 0
+        pairs.append(torch.stack([xt[:4], diffusion.predict_x0(xt[:4], t, eps_hat)], dim=1))  # (4, 2, C, H, W)
     write_grid(path, torch.stack(pairs, dim=2).flatten(0, 2), len(pairs))
 
 
@@ -330,9 +333,10 @@ def write_loss(path, losses, title):
 
 def find_device(name):
     """The torch.device of that name, or without one the best there is."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.ones(1).to(name).add(1).cpu() is not None and torch.device(name)
+        torch.ones(1, device=device).item()  # fails where there is no such device
+        return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
 
@@ -379,6 +383,8 @@ def settle(args, device, loaded):
     for name in ("steps", "batch_size", "lr", "T", "samples"):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if abs(args.seed) >= 2**63:
+        fail(f"--seed must fit into 64 bits, not {args.seed}")
     args.out = args.out or Path("runs/ddpm_mnist", "smoke" if args.smoke else "loaded" if args.load else "")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -393,7 +399,8 @@ def main(argv=None):
     loaded, ema = load_checkpoint(args.load) if args.load else ({}, None)
     settle(args, device, loaded)
     diffusion = Diffusion(linear_beta(args.T), device)
-    seconds, losses = {}, None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {os.cpu_count()} cores"
+    metrics = {"settings": vars(args), "device": name, "torch": torch.__version__, "seconds": {}}
     if not args.load:
         images, args.data = load_images(args.data, args.data_root)
         if args.batch_size > len(images):
@@ -405,30 +412,21 @@ def main(argv=None):
             print(f"CPU: the small network, {args.steps} steps; on two cores about {minutes:.0f} minutes of training")
         start = time.perf_counter()
         ema, losses = train(diffusion, model, images.to(device), args)
-        seconds["training"] = time.perf_counter() - start
+        metrics["seconds"]["training"] = time.perf_counter() - start
+        metrics |= {"steps_done": len(losses), "loss": losses[-100:].mean().item()}
         settings = {name: getattr(args, name) for name in (*SETTINGS, *CPU)}
         state = {"settings": settings, "model": model.state_dict(), "ema": ema.state_dict()}
         write(args.out / "model.pt", lambda temporary: torch.save(state, temporary))
         write_loss(args.out / "loss.png", losses, f"ddpm_mnist on {args.data}")
 
-    trajectory, columns = {}, {round(args.T * k / 10) for k in range(11)}
-
-    def watch(t, xt):
-        if t in columns:
-            trajectory[t] = xt[:4]
-
-    torch.manual_seed(args.seed)  # again, so that --load draws what the run drew
+    torch.manual_seed(args.seed)  # again, so that --load draws what this run draws
+    keep = {round(args.T * k / 10): None for k in range(10, -1, -1)}
     start = time.perf_counter()
-    ema = ema.to(device, memory_format=torch.channels_last)
     with autocast(device):
-        samples = diffusion.sample(ema, (args.samples, 1, 28, 28), variance=args.variance, watch=watch)
-        write_grid(args.out / "samples.png", samples, 1 + math.isqrt(args.samples - 1))
-        seconds["sampling"] = time.perf_counter() - start
-        write_denoising(args.out / "denoising.png", diffusion, ema, trajectory)
-    metrics = {"settings": vars(args), "torch": torch.__version__, "seconds": seconds}
-    metrics["device"] = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {os.cpu_count()} cores"
-    if losses is not None:
-        metrics.update(steps_done=len(losses), loss=losses[-100:].mean().item())
+        samples = diffusion.sample(ema, (args.samples, 1, 28, 28), variance=args.variance, keep=keep).cpu()
+        metrics["seconds"]["sampling"] = time.perf_counter() - start
+        write_grid(args.out / "samples.png", samples, math.ceil(math.sqrt(args.samples)))
+        write_denoising(args.out / "denoising.png", diffusion, ema, keep)
     write(args.out / "metrics.json", lambda temporary: temporary.write_text(json.dumps(metrics, default=str, indent=2)))
 
 

@@ -1,0 +1,214 @@
+"""Each script as its user meets it: --smoke, --load, bad input, no network, Ctrl-C."""
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, having, load
+
+FILES = {"samples.png", "denoising.png", "loss.png", "metrics.json", "model.pt"}
+
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=[Path(s).stem for s in SCRIPTS])
+
+
+def run(path, *flags):
+    """The script in a process of its own, without a terminal."""
+    command = [sys.executable, str(ROOT / path), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+
+
+def read(folder):
+    """{file name: bytes} of a run's folder; of metrics.json only what a second run must repeat."""
+    found = {p.name: p.read_bytes() for p in folder.iterdir()}
+    metrics = json.loads(found.pop("metrics.json"))
+    return found | {"loss": metrics.get("loss"), "steps": metrics["settings"]["steps"]}
+
+
+@each_script
+def test_smoke_twice_gives_the_same_bytes(path, tmp_path):
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+        done = run(path, "--smoke", "--seed", seed, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "first").iterdir()} >= FILES
+    first, second, other = (read(tmp_path / name) for name in ("first", "second", "other"))
+    assert first == second
+    assert first["samples.png"] != other["samples.png"] and first["loss"] != other["loss"]
+
+    # --load draws what the run drew, with the settings of that run, and leaves its files alone.
+    done = run(path, "--load", tmp_path / "first" / "model.pt", "--out", tmp_path / "loaded")
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "loaded")["samples.png"] == first["samples.png"]
+    assert not (tmp_path / "loaded" / "model.pt").exists()
+
+
+@each_script
+def test_smoke_files_hold_what_they_should(path, tmp_path):
+    from PIL import Image
+
+    load(path).main(["--smoke", "--out", str(tmp_path)])
+    for name in ("samples.png", "denoising.png", "loss.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) >= 56 and len(image.convert("L").getcolors()) > 2
+    checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {"settings", "model", "ema"} <= set(checkpoint)
+    assert any(not torch.equal(checkpoint["model"][k], v) for k, v in checkpoint["ema"].items())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["settings"]["data"] == "strokes" and metrics["seconds"]["training"] > 0
+    assert not list(tmp_path.glob("*.part*"))
+
+
+@each_script
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--T", "0"],
+        ["--T", "-5"],
+        ["--T", "ten"],
+        ["--steps", "0"],
+        ["--batch-size", "0"],
+        ["--batch-size", "1000000"],
+        ["--lr", "nan"],
+        ["--lr", "0"],
+        ["--samples", "0"],
+        ["--seed", "100000000000000000000"],
+        ["--device", "abacus"],
+        ["--data", "cats"],
+        ["--no-such-flag"],
+        ["--load", "{here}/missing.pt"],
+        ["--load", "{here}/text.pt"],
+        ["--load", "{here}/empty.pt"],
+        ["--load", "{here}/pickle.pt"],
+        ["--load", "{here}/other.pt"],
+        ["--load", "{here}/other.pt", "--steps", "5"],
+        ["--out", "{here}/text.pt/folder"],
+    ],
+    ids=lambda flags: " ".join(flags).replace("{here}/", ""),
+)
+def test_bad_input_is_one_line_and_exit_2(path, flags, tmp_path, capsys):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    (tmp_path / "text.pt").write_text("not a checkpoint\n")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Trap()))
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    before = {p.name for p in tmp_path.iterdir()}
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        load(path).main(["--smoke", *out, *(flag.format(here=tmp_path) for flag in flags)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"{Path(path).name}: ") and error.count("\n") == 1 and flags[0] in error
+    assert not (tmp_path / "sprung").exists()
+    assert {p.name for p in tmp_path.iterdir()} - {"out"} == before and not list(tmp_path.glob("out/*"))
+
+
+@each_script
+def test_a_loss_that_is_no_number_stops_the_run_with_its_cause(path, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(path).main(["--smoke", "--steps", "100", "--lr", "1e30", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "--lr" in capsys.readouterr().err.splitlines()[-1]
+
+
+@each_script
+def test_ctrl_c_keeps_what_was_learned(path, tmp_path):
+    command = [sys.executable, str(ROOT / path), "--smoke", "--steps", "1000000", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        seen = b""
+        while b"loss=" not in seen:
+            seen += process.stderr.read1(100)
+            assert process.poll() is None, seen
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert b"Stopped after" in out
+    assert {p.name for p in tmp_path.iterdir()} >= FILES
+    assert 0 < json.loads((tmp_path / "metrics.json").read_text())["steps_done"] < 1_000_000
+
+
+def test_help_needs_no_torchvision():
+    """Quick --help: nothing that is slow to import, other than torch itself."""
+    for path in SCRIPTS:
+        code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({path!r}, run_name='__main__')"
+        code = f"try:\n {code}\nexcept SystemExit: print({{'torchvision', 'sklearn', 'matplotlib'}} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.stdout.endswith("set()\n") and "--steps" in done.stdout, done.stderr
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def write_idx(root, images):
+    """A file like MNIST's: two zeros, type 8 (bytes), 3 axes, their sizes, and the pixels."""
+    path = root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.parent.mkdir(parents=True)
+    header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in images.shape)
+    path.write_bytes(header + images.numpy().tobytes())
+    return path
+
+
+@having("load_mnist", "load_images")
+def test_mnist_on_disk_is_read_as_it_is(script, tmp_path, monkeypatch):
+    monkeypatch.delattr(urllib.request, "urlopen")  # no network is needed
+    images = torch.randint(0, 256, (7, 28, 28), dtype=torch.uint8)
+    write_idx(tmp_path, images)
+    for data in ("auto", "mnist"):
+        got, name = script.load_images(data, tmp_path)
+        assert torch.equal(got[:, 0], images) and name == "mnist"
+
+
+@having("load_mnist", "load_images")
+@pytest.mark.parametrize("keep", [0, 3, 500])
+def test_a_cut_off_idx_file_is_named_in_one_line(script, keep, tmp_path, capsys):
+    path = write_idx(tmp_path, torch.zeros(7, 28, 28, dtype=torch.uint8))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and str(path) in error
+    assert not list(tmp_path.glob("out/*")) and path.exists()
+
+
+@having("load_mnist", "load_images")
+def test_without_network_the_bundled_digits_step_in_loudly(script, tmp_path, capsys, monkeypatch):
+    def urlopen(*args, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    images, name = script.load_images("auto", tmp_path)
+    notice = capsys.readouterr().out
+    assert name == "digits" and images.shape == (1797, 1, 28, 28) and images.dtype == torch.uint8
+    assert images.min() == 0 and images.max() == 255
+    assert "no route to host" in notice and "1,797" in notice
+    with pytest.raises(SystemExit) as stop:
+        script.load_images("mnist", tmp_path)
+    assert stop.value.code == 2 and "no route to host" in capsys.readouterr().err
+
+
+@having("load_mnist", "load_images")
+def test_a_network_that_hangs_is_given_up(script, tmp_path, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: release.wait(60))
+    monkeypatch.setattr(load(script.path), "NETWORK_SECONDS", 0.2)
+    assert script.load_images("auto", tmp_path)[1] == "digits"
+    release.set()
+
+
+@having("load_images")
+def test_the_bundled_digits_are_the_library_s(script):
+    """Each enlarged digit, averaged back down to 8x8, is close to the original."""
+    from sklearn.datasets import load_digits
+
+    images, _ = script.load_images("digits", None)
+    small = torch.nn.functional.interpolate(images.float(), size=8, mode="area")[:, 0] / 255
+    original = torch.from_numpy(load_digits().images).float() / 16
+    correlation = torch.corrcoef(torch.stack([small.flatten(), original.flatten()]))[0, 1]
+    assert correlation > 0.97
