@@ -77,7 +77,6 @@ def test_smoke_files_hold_what_they_should(path, tmp_path):
         ["--lr", "nan"],
         ["--lr", "0"],
         ["--samples", "0"],
-        ["--seed", "100000000000000000000"],
         ["--device", "abacus"],
         ["--data", "cats"],
         ["--no-such-flag"],
@@ -98,7 +97,7 @@ def test_bad_input_is_one_line_and_exit_2(path, flags, tmp_path, capsys):
 
     (tmp_path / "text.pt").write_text("not a checkpoint\n")
     (tmp_path / "empty.pt").touch()
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Trap(), protocol=2))
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     before = {p.name for p in tmp_path.iterdir()}
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]

@@ -264,17 +264,22 @@ def test_loss_is_zero_for_the_perfect_answer_and_one_for_none(script):
 
 
 @having("linear_beta", "Diffusion.loss")
-def test_loss_draws_t_from_1_to_T_evenly(script):
-    seen = []
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_loss_draws_t_from_1_to_T_evenly(script, batch_size):
+    """Both ends included, and each t equally often, whatever the batch; a time of its own for each image."""
+    seen, x0 = [], torch.zeros(batch_size, 1, 1, 1, dtype=torch.float64)
 
     def model(xt, t):
         seen.append(t)
         return xt
 
     torch.manual_seed(0)
-    for _ in range(10):
-        exact(script, 5).loss(model, torch.zeros(1000, 1, 1, 1, dtype=torch.float64))
+    diffusion = exact(script, 5)
+    for _ in range(9000 // batch_size):
+        diffusion.loss(model, x0)
     counts = torch.cat(seen).bincount(minlength=6).tolist()
+    n = sum(counts)
     assert counts[0] == 0 and len(counts) == 6
-    assert all(abs(count - 2000) < 4.5 * 40 for count in counts[1:])  # sqrt(10000 * 1/5 * 4/5) = 40
-    assert len(set(seen[0].tolist())) == 5  # a time of its own for each image
+    assert all(abs(count - n / 5) < 4.5 * math.sqrt(n * 1 / 5 * 4 / 5) for count in counts[1:])
+    if batch_size == 1000:
+        assert seen[0].unique().tolist() == [1, 2, 3, 4, 5]
