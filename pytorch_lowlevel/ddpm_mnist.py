@@ -1,8 +1,8 @@
 """DDPM on handwritten digits: the whole algorithm in one file.
 
 Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). In T small steps the forward process
-turns an image x_0 into noise x_T. A network learns to tell the noise in x_t (Algorithm 1); with its help the sampler
-walks back from pure noise, x_T to x_0, and a new digit appears (Algorithm 2).
+turns an image x_0 into noise x_T. A network learns to predict the noise in x_t (Algorithm 1); with its help the
+sampler walks back from pure noise, x_T to x_0, and a new digit appears (Algorithm 2).
 
     python pytorch_lowlevel/ddpm_mnist.py
 
@@ -17,6 +17,7 @@ Left out: the learned variance and the variational bound; colour, flips and resu
 """
 import argparse
 import copy
+import http.client
 import json
 import math
 import os
@@ -81,9 +82,10 @@ class Diffusion:
     # 2. Training objective --------------------------------------------------------------------------------
     def loss(self, model, x0):
         """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
-        # t ~ U{1..T}, one from each of B equal parts of 1..T: the mean of independent draws, with less noise.
-        part = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
-        t = 1 + (self.T * part / len(x0)).long().clamp(max=self.T - 1)
+        # t ~ U{1..T}. Algorithm 1 draws each t on its own; here each of B equal slices of 1..T gives one (stratified
+        # sampling). Every t is as likely as before, and the gradient is less noisy.
+        slices = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
+        t = 1 + (self.T * slices / len(x0)).long().clamp(max=self.T - 1)
         eps = torch.randn_like(x0)
         return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
 
@@ -95,10 +97,10 @@ class Diffusion:
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. variance: "beta" or "beta_tilde", the two sigma_t^2."""
+        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. sigma_t^2 is beta_t or beta_tilde_t (Section 3.2)."""
         eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # before the mean is taken: a pixel that leaves [-1, 1] here is an error of eps_hat
+        if clip:  # before the mean is taken: no image has pixels outside [-1, 1], so there x0_hat must be wrong
             x0_hat = x0_hat.clamp(-1, 1)
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # the last step adds no noise
@@ -108,7 +110,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: a dict; where t is one of its keys, it is given x_t."""
+        """x_0 of that shape out of noise, t = T..1. keep: a dict; each of its keys, a time t, is given x_t."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             if t in keep:
@@ -136,7 +138,7 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(d_time, c_out)
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # the block begins as its skip: deep networks then train from step one
+        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
 
     def forward(self, x, e):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
@@ -212,7 +214,7 @@ def load_mnist(root):
     if not path.exists():
         socket.setdefaulttimeout(NETWORK_SECONDS)
         url = mnist.MNIST.mirrors[0] + mnist.MNIST.resources[0][0]
-        # First in a thread that need not be waited for: looking up the server's name knows no time limit.
+        # Asked in a thread first, because looking up the server's name knows no time limit.
         ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=NETWORK_SECONDS).close()
         mnist.MNIST(root, download=True)
     try:
@@ -226,11 +228,11 @@ def load_images(data, root):
     if data in ("auto", "mnist"):
         try:
             return load_mnist(root), "mnist"
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
         if data == "mnist":
-            fail(f"MNIST cannot be had ({reason})")
-        print(f"\n!!! MNIST CANNOT BE HAD ({reason}).\n!!! In its place: 1,797 coarser digits from scikit-learn.\n")
+            fail(f"--data mnist: MNIST cannot be downloaded ({reason})")
+        print(f"\n!!! NO MNIST ({reason}).\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
     if data == "strokes":  # for --smoke
         return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte(), data
     from sklearn.datasets import load_digits
@@ -259,9 +261,9 @@ def autocast(device):
 
 
 def update_ema(ema, model, step):
-    """ema <- d ema + (1 - d) model. d rises to 0.9999 with the steps: a short run must forget its random start."""
-    d = min(0.9999, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(d)(list(ema.parameters()), list(model.parameters()), None)
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    decay = min(0.9999, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
 
 def train(diffusion, model, images, args):
@@ -270,7 +272,7 @@ def train(diffusion, model, images, args):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
     # The rate rises over the first 100 steps, then falls to 0 in a straight line.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 100, 1 - i / args.steps))
-    losses, done = torch.zeros(args.steps, device=images.device), 0  # stays there: reading a loss waits for the device
+    losses, done = torch.zeros(args.steps, device=images.device), 0  # on the device: .item() would make each step wait
     try:
         for x0 in (bar := tqdm(islice(batches(images, args.batch_size), args.steps), "training", args.steps)):
             with autocast(images.device):
@@ -281,13 +283,13 @@ def train(diffusion, model, images, args):
             optimizer.step()
             schedule.step()
             update_ema(ema, model, done)
-            losses[done], done = loss.detach(), done + 1
-            if done % 50 == 0 or done == args.steps:
+            losses[done] = loss.detach()
+            done += 1
+            if done % 50 == 0:
                 show_loss(bar, losses[:done])
     except KeyboardInterrupt:
-        if done == 0:
-            raise
         print(f"\nStopped after {done} steps: the samples show what was learned by then.")
+    show_loss(bar, losses[:done])
     return ema, losses[:done].cpu()
 
 
@@ -296,7 +298,7 @@ def show_loss(bar, losses):
     mean = losses[-50:].mean().item()
     if not math.isfinite(mean):
         bar.close()
-        fail(f"the loss became {mean} by step {len(losses)}: the learning rate is too high, try a lower --lr")
+        fail(f"the loss is {mean} after {len(losses)} steps: is the learning rate too high? Try a lower --lr")
     bar.set_postfix(loss=f"{mean:.4f}")
 
 
@@ -335,8 +337,9 @@ def write_denoising(path, diffusion, model, trajectory):
     """Write how 4 images come out of noise: every x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
     pairs = []
     for t, xt in trajectory.items():
-        eps_hat = model(xt[:4], torch.full((len(xt[:4]),), t, device=xt.device)) if t > 0 else 0
-        pairs.append(torch.stack([xt[:4], diffusion.predict_x0(xt[:4], t, eps_hat)], dim=1))  # (4, 2, C, H, W)
+        xt = xt[:4]
+        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device)) if t > 0 else 0
+        pairs.append(torch.stack([xt, diffusion.predict_x0(xt, t, eps_hat)], dim=1))  # (4, 2, C, H, W)
     write_grid(path, torch.stack(pairs, dim=2).flatten(0, 2), len(pairs))
 
 
@@ -363,14 +366,14 @@ def find_device(name):
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
 
-def load_checkpoint(path, device):
+def load_checkpoint(path):
     """The settings and the EMA network of a model.pt that this script wrote."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = checkpoint["settings"]
         ema = UNet(settings["widths"], settings["blocks"], settings["patch"])
         ema.load_state_dict(checkpoint["ema"])
-        return settings, ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return settings, ema.eval().requires_grad_(False)
     except Exception as error:
         fail(f"--load {path}: no model.pt of this script ({type(error).__name__})")
 
@@ -380,32 +383,34 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     flag = parser.add_argument
-    flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} on a GPU, {CPU['steps']} on a CPU)")
-    flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']} or {CPU['batch_size']})")
-    flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']} or {CPU['lr']})")
+    flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
+    flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
+    flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for the files (default: runs/ddpm_mnist)")
-    flag("--data", choices=["mnist", "digits"], help="(default: mnist, or digits where mnist cannot be had)")
+    flag("--out", type=Path, help="folder for the files (default: runs/ddpm_mnist, with --load its folder loaded)")
+    flag("--data", choices=["mnist", "digits"], help="(default: mnist, or digits where it cannot be downloaded)")
     flag("--data-root", default="data", help="folder of MNIST (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
-    flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']})")
+    flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
     flag("--variance", choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})")
     flag("--samples", type=int, help=f"images in samples.png (default: {SETTINGS['samples']})")
     return parser.parse_args(argv)
 
 
-def settle(args, device, loaded):
+def fill_defaults(args, device, loaded):
     """Give the flags that were left out their values: those of the loaded run, or what suits the device."""
     trains = [name for name in ("steps", "batch_size", "lr", "data", "T") if getattr(args, name) is not None]
     if args.load and trains:
         fail(f"--{trains[0].replace('_', '-')} is for training, and --load does not train")
-    defaults = {**SETTINGS, **(CPU if device.type == "cpu" else GPU), **(SMOKE if args.smoke else {}), **loaded}
+    defaults = {**SETTINGS, **(GPU if device.type == "cuda" else CPU), **(SMOKE if args.smoke else {}), **loaded}
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, None) is None})
     for name in ("steps", "batch_size", "lr", "T", "samples"):
         if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+            fail(f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(args, name)}")
+    if abs(args.seed) >= 2**63:
+        fail(f"--seed must be a number of 64 bits, not {args.seed}")
     args.out = args.out or Path("runs/ddpm_mnist", "smoke" if args.smoke else "loaded" if args.load else "")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -417,20 +422,22 @@ def settle(args, device, loaded):
 def main(argv=None):
     args = parse_arguments(argv)
     device = find_device(args.device)
-    loaded, ema = load_checkpoint(args.load, device) if args.load else ({}, None)
-    settle(args, device, loaded)
+    loaded, ema = load_checkpoint(args.load) if args.load else ({}, None)
+    fill_defaults(args, device, loaded)
     diffusion = Diffusion(linear_beta(args.T), device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {os.cpu_count()} cores"
-    metrics = {"settings": vars(args), "device": name, "torch": torch.__version__, "seconds": {}}
+    hardware = f"{device}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    metrics = {"settings": vars(args), "hardware": hardware, "torch": torch.__version__, "seconds": {}}
     if not args.load:
         images, args.data = load_images(args.data, args.data_root)
         if args.batch_size > len(images):
             fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")
         torch.manual_seed(args.seed)
         model = UNet(args.widths, args.blocks, args.patch).to(device, memory_format=torch.channels_last)
-        if device.type == "cpu":
+        if device.type != "cuda" and not args.smoke:
             minutes = args.steps * args.batch_size / CPU["batch_size"] * CPU_SECONDS / 60
-            print(f"CPU: a smaller network, fewer steps: {math.ceil(minutes)} minutes of training on two cores.")
+            print(f"The small network for CPUs: about {math.ceil(minutes)} minutes of training on two cores with bf16.")
         start = time.perf_counter()
         ema, losses = train(diffusion, model, images.to(device), args)
         metrics["seconds"]["training"] = time.perf_counter() - start
@@ -444,6 +451,7 @@ def main(argv=None):
     keep = {round(args.T * k / 10): None for k in range(10, -1, -1)}
     start = time.perf_counter()
     with autocast(device):
+        ema = ema.to(device, memory_format=torch.channels_last)
         samples = diffusion.sample(ema, (args.samples, 1, 28, 28), variance=args.variance, keep=keep).cpu()
         metrics["seconds"]["sampling"] = time.perf_counter() - start
         write_grid(args.out / "samples.png", samples, math.ceil(math.sqrt(args.samples)))

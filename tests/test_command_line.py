@@ -77,6 +77,8 @@ def test_smoke_files_hold_what_they_should(path, tmp_path):
         ["--lr", "nan"],
         ["--lr", "0"],
         ["--samples", "0"],
+        ["--seed", "100000000000000000000"],
+        ["--lr", "inf"],
         ["--device", "abacus"],
         ["--data", "cats"],
         ["--no-such-flag"],
