@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, SCRIPTS, having, load
 
 FILES = {"samples.png", "denoising.png", "loss.png", "metrics.json", "model.pt"}
@@ -203,7 +204,7 @@ def test_a_network_that_hangs_is_given_up(script, tmp_path, monkeypatch):
     release.set()
 
 
-@having("load_images")
+@having("load_mnist", "load_images")
 def test_the_bundled_digits_are_the_library_s(script):
     """Each enlarged digit, averaged back down to 8x8, is close to the original."""
     from sklearn.datasets import load_digits
@@ -213,3 +214,61 @@ def test_the_bundled_digits_are_the_library_s(script):
     original = torch.from_numpy(load_digits().images).float() / 16
     correlation = torch.corrcoef(torch.stack([small.flatten(), original.flatten()]))[0, 1]
     assert correlation > 0.97
+
+
+# Colour ---------------------------------------------------------------------------------------------------------------
+
+
+def write_cifar10(root, rows, monkeypatch):
+    """Five batches like CIFAR-10's: pickles of rows of 3072 bytes. Made files fail the checksum, so it is left out."""
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args, **options: True)
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for part, batch in enumerate(rows.chunk(5), start=1):
+        (folder / f"data_batch_{part}").write_bytes(pickle.dumps({"data": batch.numpy(), "labels": [0] * len(batch)}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["thing"]}))
+    return folder
+
+
+@having("load_cifar10")
+def test_cifar10_on_disk_is_read_as_it_is(script, tmp_path, monkeypatch):
+    """A row holds 1024 red values, then green, then blue, each row by row of the image."""
+    monkeypatch.delattr(urllib.request, "urlopen")  # no network is needed
+    rows = torch.randint(0, 256, (10, 3072), dtype=torch.uint8)
+    write_cifar10(tmp_path, rows, monkeypatch)
+    for data in ("auto", "cifar10"):
+        images, name = script.load_images(data, tmp_path)
+        assert torch.equal(images, rows.view(10, 3, 32, 32)) and name == "cifar10"
+
+
+@having("load_cifar10")
+def test_damaged_cifar10_is_named_in_one_line(script, tmp_path, monkeypatch, capsys):
+    folder = write_cifar10(tmp_path, torch.zeros(10, 3072, dtype=torch.uint8), monkeypatch)
+    (folder / "data_batch_3").write_bytes((folder / "data_batch_3").read_bytes()[:100])
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and str(folder) in error
+    assert not list(tmp_path.glob("out/*")) and folder.exists()
+
+
+@having("load_photos")
+def test_without_network_crops_of_photographs_step_in_loudly(script, tmp_path, capsys, monkeypatch):
+    from sklearn.datasets import load_sample_image
+
+    def urlopen(*args, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    images, name = script.load_images("auto", tmp_path)
+    notice = capsys.readouterr().out
+    assert name == "photos" and images.shape == (6716, 3, 32, 32) and images.dtype == torch.uint8
+    assert "no route to host" in notice and "photographs" in notice
+    corner = load_sample_image("china.jpg")[:64, :64].reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert abs(images[0].permute(1, 2, 0).numpy() - corner).max() <= 0.5
+    with pytest.raises(SystemExit) as stop:
+        script.load_images("cifar10", tmp_path)
+    assert stop.value.code == 2 and "no route to host" in capsys.readouterr().err

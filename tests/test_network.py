@@ -1,7 +1,7 @@
 """The network, its time embedding, its average and its training, each where an answer is known."""
-import argparse
 import copy
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from conftest import having
 
 def tiny(script, **changes):
     torch.manual_seed(0)
-    return script.UNet(**{"widths": [8, 16], "blocks": 1, "patch": 2, **changes})
+    return script.UNet(**{**script.SMOKE["network"], **changes})
 
 
 def stirred(model):
@@ -32,9 +32,9 @@ def test_time_embedding_values(script):
 
 
 @having("UNet.forward")
-@pytest.mark.parametrize("shape", [{"patch": 1}, {"patch": 2}, {"blocks": 2}, {"widths": [8, 16, 24], "patch": 1}])
+@pytest.mark.parametrize("shape", [{}, {"blocks": 2}, {"widths": [8, 16, 24]}])
 def test_unet_shapes(script, shape):
-    model, xt = stirred(tiny(script, **shape)), torch.randn(3, 1, 28, 28)
+    model, xt = stirred(tiny(script, **shape)), torch.randn(3, *script.SHAPE)
     t = torch.tensor([1, 500, 1000])
     eps_hat = model(xt, t)
     assert eps_hat.shape == xt.shape and eps_hat.dtype == torch.float32
@@ -47,11 +47,23 @@ def test_unet_shapes(script, shape):
 
 @having("UNet.forward")
 def test_every_pixel_sees_every_other(script):
-    """At 7x7 attention joins the corners."""
+    """At the coarsest resolution attention joins the corners."""
     model = stirred(tiny(script))
-    xt = torch.randn(1, 1, 28, 28, requires_grad=True)
+    xt = torch.randn(1, *script.SHAPE, requires_grad=True)
     model(xt, torch.tensor([10]))[0, 0, 0, 0].backward()
-    assert (xt.grad[0, 0] != 0).all()
+    assert (xt.grad != 0).all()
+
+
+@having("AttentionBlock.forward")
+def test_attention_stands_where_it_is_asked_for(script):
+    """After each block of that resolution, on the way down and up, and in the middle."""
+    model = tiny(script, widths=[8, 8, 16], blocks=2, attention=[1])
+    held = [[isinstance(block, script.AttentionBlock) for block in level] for level in (*model.down, *model.up)]
+    assert held == [[False] * 3, [True, True, False], [False, True, True], [False] * 3]
+    model, xt, t = stirred(model), torch.randn(1, *script.SHAPE), torch.tensor([7])
+    with_attention = model(xt, t)
+    torch.nn.init.zeros_(model.down[1][0].attention.out.weight)
+    assert not torch.allclose(model(xt, t), with_attention)
 
 
 @having("Attention.forward")
@@ -82,11 +94,14 @@ def test_ema_is_a_weighted_mean_that_forgets_its_start(script):
 
 
 @having("train", "batches", "load_images")
-def test_training_learns_and_repeats_itself(script):
+def test_training_learns_and_repeats_itself(script, tmp_path):
     """Strokes are learned in seconds; the EMA is not the last weights; the same seed gives the same weights."""
     images, name = script.load_images("strokes", None)
-    assert name == "strokes" and images.dtype == torch.uint8 and images.shape[1:] == (1, 28, 28)
-    args = argparse.Namespace(steps=150, batch_size=16, lr=2e-3)
+    assert name == "strokes" and images.dtype == torch.uint8 and images.shape[1:] == script.SHAPE
+    flags = "--smoke --steps 150 --batch-size 16 --lr 2e-3 --T 100 --device cpu --out".split()
+    args = script.parse_arguments([*flags, str(tmp_path)])
+    script.fill_defaults(args, torch.device("cpu"), {})
+    vars(args).update(save_every=150, preview_every=150)  # of those scripts that have them
 
     def run():
         model = tiny(script, widths=[16, 16])
@@ -105,13 +120,45 @@ def test_training_learns_and_repeats_itself(script):
 
 
 @having("batches")
-def test_an_epoch_shows_every_image_once_in_exactly_minus_one_to_one(script):
+@pytest.mark.parametrize("batch_size", [100, 128])
+def test_an_epoch_shows_every_image_once_in_exactly_minus_one_to_one(script, batch_size):
+    """Whether or not the batch divides the epoch; all batches are of one size, the seed decides the order."""
     images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 1, 2, 2)
+    x0 = list(islice(script.batches(images, batch_size, seed=1), 8))
+    assert all(batch.shape == (batch_size, 1, 2, 2) and batch.abs().max() <= 1 for batch in x0)
+    seen = ((torch.cat(x0)[:, 0, 0, 0] + 1) * 127.5).round().long()
+    epochs = seen[:768].view(3, 256)
+    assert all(epoch.bincount(minlength=256).tolist() == [1] * 256 for epoch in epochs)
+    assert torch.cat(x0).min() == -1 and torch.cat(x0).max() == 1
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(next(script.batches(images, batch_size, seed=1)), x0[0])
+    assert not torch.equal(next(script.batches(images, batch_size, seed=2)), x0[0])
+
+
+@having("flip")
+def test_flip_mirrors_half_of_the_images(script):
+    x0 = torch.rand(4000, 3, 2, 5)
     torch.manual_seed(0)
-    endless = script.batches(images, 100)
-    epochs = [torch.cat([next(endless) for _ in range(3)]) for _ in range(2)]
-    for epoch in epochs:
-        assert epoch.shape == (256, 1, 2, 2) and epoch.min() == -1 and epoch.max() == 1
-        seen = ((epoch[:, 0, 0, 0] + 1) * 127.5).round().long()
-        assert seen.bincount(minlength=256).tolist() == [1] * 256
-    assert not torch.equal(*epochs)
+    got = script.flip(x0)
+    same, mirrored = ((got == x).flatten(1).all(1) for x in (x0, x0.flip(3)))
+    assert (same ^ mirrored).all()
+    assert abs(mirrored.sum().item() - 2000) < 4.5 * math.sqrt(4000 / 4)
+
+
+@having("flip", "train")
+def test_training_sees_both_halves(script, tmp_path):
+    """Images whose left edge alone is bright: the network is shown about as many with a bright right edge."""
+    images, seen = torch.zeros(200, *script.SHAPE, dtype=torch.uint8), []
+    images[..., 0] = 255
+
+    class Recorder(script.Diffusion):
+        def loss(self, model, x0):
+            seen.append(x0)
+            return super().loss(model, x0)
+
+    args = script.parse_arguments(["--smoke", "--steps", "10", "--batch-size", "40", "--out", str(tmp_path)])
+    args.device = "cpu"
+    script.fill_defaults(args, torch.device("cpu"), {})
+    script.train(Recorder(script.linear_beta(args.T)), tiny(script), images, args)
+    left, right = (torch.cat(seen)[..., edge].mean((1, 2)) == 1 for edge in (0, -1))
+    assert (left ^ right).all() and abs(right.sum().item() - 200) < 4.5 * math.sqrt(400 / 4)

@@ -51,6 +51,8 @@ def test_commands_can_be_given(command):
         assert (ROOT / command[command.index("-r") + 1]).is_file()
     elif command[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / path).is_dir() for path in command[3:])
+    elif command[:3] == ["git", "diff", "--no-index"]:
+        assert all((ROOT / path).is_file() for path in command[3:])
     else:
         assert command[0] == "python" and (ROOT / command[1]).is_file()
         for flag in [word for word in command[2:] if word.startswith("--")]:
