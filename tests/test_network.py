@@ -9,8 +9,12 @@ from conftest import having
 
 
 def tiny(script, **changes):
+    """The network of --smoke, changed. Widths are given for 8 groups, and multiplied where the norms have 32."""
     torch.manual_seed(0)
-    return script.UNet(**{**script.SMOKE["network"], **changes})
+    network = script.SMOKE["network"]
+    if "widths" in changes:
+        changes["widths"] = [width * network["widths"][0] // 8 for width in changes["widths"]]
+    return script.UNet(**{**network, **changes}).eval()
 
 
 def stirred(model):
@@ -54,7 +58,7 @@ def test_every_pixel_sees_every_other(script):
     assert (xt.grad != 0).all()
 
 
-@having("AttentionBlock.forward")
+@having("AttentionBlock.forward", "make_optimizer")  # test_paper.py counts the blocks of the paper's network
 def test_attention_stands_where_it_is_asked_for(script):
     """After each block of that resolution, on the way down and up, and in the middle."""
     model = tiny(script, widths=[8, 8, 16], blocks=2, attention=[1])
@@ -69,12 +73,12 @@ def test_attention_stands_where_it_is_asked_for(script):
 @having("Attention.forward")
 def test_attention_is_the_textbook_formula(script):
     torch.manual_seed(0)
-    layer = script.Attention(16).double()
+    layer = script.Attention(32).double()
     torch.nn.init.normal_(layer.out.weight)
-    x = torch.randn(2, 16, 3, 5).double()
+    x = torch.randn(2, 32, 3, 5).double()
     pixels = layer.norm(x).flatten(2).transpose(1, 2)
-    q, k, v = layer.qkv(pixels).split(16, dim=2)
-    weights = (q @ k.transpose(1, 2) / math.sqrt(16)).exp()
+    q, k, v = layer.qkv(pixels).split(32, dim=2)
+    weights = (q @ k.transpose(1, 2) / math.sqrt(32)).exp()
     out = layer.out(weights / weights.sum(2, keepdim=True) @ v)
     assert torch.allclose(layer(x), x + out.transpose(1, 2).reshape(x.shape), atol=1e-10)
 
@@ -104,7 +108,7 @@ def test_training_learns_and_repeats_itself(script, tmp_path):
     vars(args).update(save_every=150, preview_every=150)  # of those scripts that have them
 
     def run():
-        model = tiny(script, widths=[16, 16])
+        model = tiny(script, widths=[16, 16]).train()
         start = copy.deepcopy(model)
         torch.manual_seed(1)
         ema, losses = script.train(script.Diffusion(script.linear_beta(100)), model, images, args)
