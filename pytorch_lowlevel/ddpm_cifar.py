@@ -337,7 +337,7 @@ def train(diffusion, model, images, args, resumed=None):
 
 def now_and_then(bar, diffusion, parts, losses, done, args):
     """What is due after `done` steps: the loss in the progress bar, checkpoint.pt, preview.png."""
-    if done % 50 == 0:
+    if done % 50 == 0 or done == args.steps:
         show_loss(bar, losses[:done])
     if done % args.save_every == 0 or done == args.steps:
         save_checkpoint(args.out / "checkpoint.pt", parts, losses[:done], settings_of(args))

@@ -53,10 +53,21 @@ def test_commands_can_be_given(command):
         assert all((ROOT / path).is_dir() for path in command[3:])
     elif command[:3] == ["git", "diff", "--no-index"]:
         assert all((ROOT / path).is_file() for path in command[3:])
+    elif command[0] == "torchrun":
+        assert (ROOT / command[2]).is_file()
     else:
         assert command[0] == "python" and (ROOT / command[1]).is_file()
         for flag in [word for word in command[2:] if word.startswith("--")]:
             assert re.search(rf"^ +(-h, )?{flag}\b", help_of(command[1]), re.MULTILINE), flag
+
+
+def test_python_blocks_run():
+    """With fewer steps than a reader takes."""
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        assert "range(25)" in block and "20 * 32" in block
+        block = block.replace("range(25)", "range(6)").replace("range(3)", "range(1)")
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 0 and done.stdout.count("\n") == 2, done.stderr
 
 
 def test_pictures_are_small():
