@@ -11,10 +11,11 @@ the likelihood in bits per dimension. Read it as a diff of ddpm_cifar.py. On sev
 writes samples.png, denoising.png, loss.png, metrics.json and model.pt to runs/ddpm_paper/, during training
 checkpoint.pt (for --resume) and preview.png, with --nll nll.png.
 
-On a CPU a smaller network shows the recipe at work, no more. Measured with real CIFAR-10 on two cores (AMD EPYC, bf16):
-1,500 steps of 32 images in 509 s, 64 samples by 1,000 DDPM steps in 164 s, last loss 0.0386; smooth patches, and colours
-far too strong still. The paper's run, 800,000 steps of 128 images, has not been made here, nor any on a GPU. The speed of
-the paper's network on those cores (--benchmark; batch 16): 50 images/s forward, 14 in training.
+On a CPU a smaller network shows the recipe at work, no more. Measured with real CIFAR-10 on two cores (AMD EPYC,
+bf16): 1,500 steps of 32 images in 509 s, 64 samples by 1,000 DDPM steps in 164 s, last loss 0.0386; smooth patches, in
+colours that are still far too strong. The paper's run, 800,000 steps of 128 images, has not been made here, nor any on
+a GPU. The speed of the paper's network on those cores (batch 16): 50 images/s forward, 14 in training.
+
 Left out: the networks for larger images. EMA: the paper's 0.9999, reached by a ramp.
 """
 import argparse
@@ -712,6 +713,14 @@ def load_resumed(args):
     return checkpoint
 
 
+def paper_flags(flag):
+    """What this script can do besides."""
+    flag("--schedule", choices=list(SCHEDULES), help=f"beta_t (default: {SETTINGS['schedule']})")
+    flag("--pretrained", nargs="?", const="hub", help="no training: the published weights, or a file of them")
+    flag("--nll", action="store_true", help="bits per dimension of some training images, and nll.png")
+    flag("--benchmark", action="store_true", help="nothing but the speed of the paper's network")
+
+
 def parse_arguments(argv):
     """The command line; a flag that was left out is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -728,10 +737,7 @@ def parse_arguments(argv):
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
     flag("--resume", action="store_true", help="go on with the interrupted run in --out, exactly where it was")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA, where it works)")
-    flag("--schedule", choices=list(SCHEDULES), help=f"beta_t (default: {SETTINGS['schedule']})")
-    flag("--pretrained", nargs="?", const="hub", help="no training: the published weights, or a file of them")
-    flag("--nll", action="store_true", help="bits per dimension of some training images, and nll.png")
-    flag("--benchmark", action="store_true", help="nothing but the speed of the paper's network")
+    paper_flags(flag)
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
     flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
     flag("--variance", choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})")
@@ -806,26 +812,32 @@ def fastest(run, device):
     return min(times[1:])
 
 
-def benchmark(device):
-    """Print images a second of the paper's network, and their share of what the device does in bf16 matrix products."""
-    n, batch = (8192, 128) if device.type == "cuda" else (2048, 16)
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    peak = 2 * n**3 / fastest(lambda: a @ a, device)
-    diffusion, model = Diffusion(linear_beta(), device), UNet().to(device, memory_format=torch.channels_last)
-    x0, t = torch.randn(batch, *SHAPE, device=device), torch.full((batch,), 500, device=device)
+def forward_and_step(model, x0):
+    """Two functions to be timed: a forward pass of x0 through the model, and a training step on it."""
+    diffusion, t = Diffusion(linear_beta(), x0.device), torch.full((len(x0),), 500, device=x0.device)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
     def forward():
-        with torch.no_grad(), autocast(device):
+        with torch.no_grad(), autocast(x0.device):
             model.eval()(x0, t)
 
     def step():
-        with autocast(device):
+        with autocast(x0.device):
             loss = diffusion.loss(model.train(), x0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
+    return forward, step
+
+
+def benchmark(device):
+    """Print images a second of the paper's network, and their share of what the device does in bf16 matrix products."""
+    n, batch = (8192, 128) if device.type == "cuda" else (2048, 16)
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    peak = 2 * n**3 / fastest(lambda: a @ a, device)
+    model = UNet().to(device, memory_format=torch.channels_last)
+    forward, step = forward_and_step(model, torch.randn(batch, *SHAPE, device=device))
     with FlopCounterMode(display=False) as counter:
         forward()
     work = counter.get_total_flops() / batch  # floating-point operations of an image, forward

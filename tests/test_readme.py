@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, definitions
 
 README = (ROOT / "README.md").read_text()
-LINKS = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", README) + [("", path) for path in re.findall(r'src="([^"]*)"', README)]
+PROSE = re.sub(r"```python\n.*?```", "", README, flags=re.DOTALL)
+LINKS = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", PROSE) + [("", path) for path in re.findall(r'src="([^"]*)"', README)]
 COMMANDS = [
     shlex.split(command, comments=True)
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
