@@ -614,7 +614,7 @@ CPU = dict(
 )
 SMOKE = dict(
     network=dict(widths=[32, 32], blocks=1, attention=[1]),
-    **dict(steps=4, batch_size=4, warm_up=1, compile=False, save_every=2, preview_every=2),
+    **dict(steps=6, batch_size=4, warm_up=1, compile=False, save_every=2, preview_every=5),
     **dict(T=10, samples=4, data="strokes"),
 )
 CPU_SECONDS = 0.32  # of a training step on two cores

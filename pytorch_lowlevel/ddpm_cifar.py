@@ -407,7 +407,7 @@ CPU = dict(
 )
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1, attention=[0]),
-    **dict(steps=4, batch_size=4, compile=False, save_every=2, preview_every=2, T=10, samples=4, data="strokes"),
+    **dict(steps=6, batch_size=4, compile=False, save_every=2, preview_every=5, T=10, samples=4, data="strokes"),
 )
 CPU_SECONDS = 0.1  # of a training step on two cores
 

@@ -102,10 +102,10 @@ def test_training_learns_and_repeats_itself(script, tmp_path):
     """Strokes are learned in seconds; the EMA is not the last weights; the same seed gives the same weights."""
     images, name = script.load_images("strokes", None)
     assert name == "strokes" and images.dtype == torch.uint8 and images.shape[1:] == script.SHAPE
-    flags = "--smoke --steps 150 --batch-size 16 --lr 2e-3 --T 100 --device cpu --out".split()
+    flags = "--smoke --steps 80 --batch-size 16 --lr 2e-3 --T 100 --device cpu --out".split()
     args = script.parse_arguments([*flags, str(tmp_path)])
     script.fill_defaults(args, torch.device("cpu"), {})
-    vars(args).update(save_every=150, preview_every=150)  # of those scripts that have them
+    vars(args).update(save_every=80, preview_every=80)  # of those scripts that have them
 
     def run():
         model = tiny(script, widths=[16, 16]).train()
@@ -115,7 +115,7 @@ def test_training_learns_and_repeats_itself(script, tmp_path):
         return start, model, ema, losses
 
     start, model, ema, losses = run()
-    assert losses.shape == (150,) and losses[-20:].mean() < 0.5 * losses[:5].mean()
+    assert losses.shape == (80,) and losses[-20:].mean() < 0.5 * losses[:5].mean()
     for a, b in ((start, ema), (model, ema)):
         assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     again = run()
