@@ -272,6 +272,8 @@ share = script.joined(torch.full((2, 1, 1, 1), float(script.rank())))
 if script.rank() == 0:
     grads = {name: p.grad for name, p in model.named_parameters()}
     torch.save({"grads": grads, "losses": losses, "share": share.flatten()}, sys.argv[3])
+if script.ranks() > 1:
+    torch.distributed.destroy_process_group()  # else the threads behind it can abort the process at its end
 """
 
 
