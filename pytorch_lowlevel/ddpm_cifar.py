@@ -124,7 +124,6 @@ class Diffusion:
 
 
 # 4. Network -----------------------------------------------------------------------------------------------
-SHAPE = (3, 32, 32)  # of an image
 
 
 def time_embedding(t, d):
@@ -177,18 +176,18 @@ class AttentionBlock(ResBlock):
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, 3, 32, 32), (B,) -> (B, 3, 32, 32).
+    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
-    widths: channels at each resolution, the finest first; each resolution is half the one before.
+    channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
     attention: the places in widths of the resolutions that have attention; the coarsest always has.
     """
 
-    def __init__(self, widths, blocks, attention=()):
+    def __init__(self, channels, widths, blocks, attention=()):
         super().__init__()
         self.d, d_time = widths[0], 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
-        self.first = nn.Conv2d(SHAPE[0], widths[0], 3, padding=1)
+        self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, (c, c_below) in enumerate(pairwise(widths)):
             block = AttentionBlock if i in attention else ResBlock
@@ -198,7 +197,7 @@ class UNet(nn.Module):
             self.up.insert(0, nn.ModuleList([double] + [block(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], SHAPE[0], 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
 
     def forward(self, xt, t):
@@ -220,6 +219,7 @@ class UNet(nn.Module):
 
 
 # 5. Data ------------------------------------------------------------------------------------------------------
+SHAPE = (3, 32, 32)  # of an image
 NETWORK_SECONDS = 10  # a server that says nothing for so long is given up
 
 
@@ -398,15 +398,15 @@ def show_loss(bar, losses):
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
 SETTINGS = dict(seed=0, T=1000, variance="beta", samples=64, data="auto")
 GPU = dict(
-    network=dict(widths=[64, 128, 256, 512], blocks=2, attention=[1]),
+    network=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]),
     **dict(steps=100_000, batch_size=128, lr=2e-4, compile=True, save_every=2000, preview_every=10_000),
 )
 CPU = dict(
-    network=dict(widths=[32, 64, 128], blocks=1, attention=[]),
+    network=dict(channels=3, widths=[32, 64, 128], blocks=1, attention=[]),
     **dict(steps=4000, batch_size=32, lr=1.5e-3, compile=False, save_every=250, preview_every=2000),
 )
 SMOKE = dict(
-    network=dict(widths=[8, 16], blocks=1, attention=[0]),
+    network=dict(channels=3, widths=[8, 16], blocks=1, attention=[0]),
     **dict(steps=6, batch_size=4, compile=False, save_every=2, preview_every=5, T=10, samples=4, data="strokes"),
 )
 CPU_SECONDS = 0.1  # of a training step on two cores

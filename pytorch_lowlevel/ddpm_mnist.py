@@ -122,7 +122,6 @@ class Diffusion:
 
 
 # 4. Network -----------------------------------------------------------------------------------------------
-SHAPE = (1, 28, 28)  # of an image
 
 
 def time_embedding(t, d):
@@ -164,17 +163,17 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, 1, 28, 28), (B,) -> (B, 1, 28, 28).
+    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
-    widths: channels at each resolution, the finest first; each resolution is half the one before.
+    channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
     """
 
-    def __init__(self, widths, blocks):
+    def __init__(self, channels, widths, blocks):
         super().__init__()
         self.d, d_time = widths[0], 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
-        self.first = nn.Conv2d(SHAPE[0], widths[0], 3, padding=1)
+        self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for c, c_below in pairwise(widths):
             halve = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
@@ -183,7 +182,7 @@ class UNet(nn.Module):
             self.up.insert(0, nn.ModuleList([double] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], SHAPE[0], 3, padding=1))
+        self.last = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight)
 
     def forward(self, xt, t):
@@ -205,6 +204,7 @@ class UNet(nn.Module):
 
 
 # 5. Data ------------------------------------------------------------------------------------------------------
+SHAPE = (1, 28, 28)  # of an image
 NETWORK_SECONDS = 10  # a server that says nothing for so long is given up
 
 
@@ -229,6 +229,15 @@ def load_mnist(root):
         fail(f"{path} is damaged: delete it, and the next run downloads it again")
 
 
+def load_small_digits():
+    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged: (1797, 1, 28, 28) uint8."""
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).unsqueeze(1) / 16  # (1797, 1, 8, 8) in [0, 1]
+    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
+    return (255 * images).round().byte()
+
+
 def load_images(data, root):
     """The training images, (N, 1, 28, 28) uint8, and what they are. data: auto, mnist, digits or strokes."""
     if data in ("auto", "mnist"):
@@ -241,11 +250,7 @@ def load_images(data, root):
         print(f"\n!!! NO MNIST ({reason}).\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
     if data == "strokes":  # for --smoke
         return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte(), data
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images).unsqueeze(1) / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte(), "digits"
+    return load_small_digits(), "digits"
 
 
 def batches(images, batch_size, seed):
@@ -321,9 +326,9 @@ def show_loss(bar, losses):
 # 7. Files and command line ------------------------------------------------------------------------------------
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
 SETTINGS = dict(seed=0, T=1000, variance="beta", samples=64, data="auto")
-GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3)
-SMOKE = dict(network=dict(widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="strokes")
+GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4)
+CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3)
+SMOKE = dict(network=dict(channels=1, widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="strokes")
 CPU_SECONDS = 0.1  # of a training step on two cores
 
 
