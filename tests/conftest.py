@@ -36,9 +36,14 @@ def definitions(script):
     return found
 
 
-def having(*names):
-    """A decorator: run the test once for each script that defines all these names, as its argument `script`."""
-    scripts = [script for script in SCRIPTS if set(names) <= set(definitions(script))]
+def having(*names, without=(), once=False):
+    """A decorator: run the test once for each script that defines all these names, as its argument `script`.
+
+    without: names that the script must not define. once: for slow tests, once for each different source of the names.
+    """
+    scripts = [s for s in SCRIPTS if set(names) <= set(definitions(s)) and not set(without) & set(definitions(s))]
+    if once:
+        scripts = list({tuple(definitions(s)[name] for name in names): s for s in scripts[::-1]}.values())
     assert scripts, f"no script defines {names}"
     return pytest.mark.parametrize("script", [pytest.param(load_later(s), id=Path(s).stem) for s in scripts])
 

@@ -14,9 +14,19 @@ import torch
 import torchvision
 from conftest import ROOT, SCRIPTS, having, load
 
-FILES = {"samples.png", "denoising.png", "loss.png", "metrics.json", "model.pt"}
+# The pictures of a run, samples first.
+PICTURES = {
+    "classifier_free_guidance": ["samples", "loss", "guidance", "tradeoff"],
+    "ddim_sampling": ["samples", "loss", "steps", "eta", "interpolation", "inversion"],
+    "cosine_schedule": ["samples_linear", "samples_cosine", "skipped", "schedules", "forward", "loss_by_t"],
+}
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=[Path(s).stem for s in SCRIPTS])
+
+
+def pictures(path):
+    """The pictures that a script writes, the samples first."""
+    return [f"{name}.png" for name in PICTURES.get(Path(path).stem, ["samples", "denoising", "loss"])]
 
 
 def run(path, *flags):
@@ -29,7 +39,7 @@ def read(folder):
     """{file name: bytes} of a run's folder; of metrics.json only what a second run must repeat."""
     found = {p.name: p.read_bytes() for p in folder.iterdir()}
     metrics = json.loads(found.pop("metrics.json"))
-    return found | {"loss": metrics.get("loss"), "steps": metrics["settings"]["steps"]}
+    return found | {"loss": metrics.get("loss") or metrics.get("table"), "steps": metrics["settings"]["steps"]}
 
 
 @each_script
@@ -38,14 +48,15 @@ def test_smoke_twice_gives_the_same_bytes(path, tmp_path):
     assert done.returncode == 0, done.stderr
     for name, seed in (("second", "3"), ("other", "4")):
         load(path).main(["--smoke", "--seed", seed, "--out", str(tmp_path / name)])
-    assert {p.name for p in (tmp_path / "first").iterdir()} >= FILES
+    samples = pictures(path)[0]
+    assert {p.name for p in (tmp_path / "first").iterdir()} >= {*pictures(path), "metrics.json", "model.pt"}
     first, second, other = (read(tmp_path / name) for name in ("first", "second", "other"))
     assert first == second
-    assert first["samples.png"] != other["samples.png"] and first["loss"] != other["loss"]
+    assert first[samples] != other[samples] and first["loss"] != other["loss"]
 
     # --load draws what the run drew, with the settings of that run, and leaves its files alone.
     load(path).main(["--load", str(tmp_path / "first" / "model.pt"), "--out", str(tmp_path / "loaded")])
-    assert read(tmp_path / "loaded")["samples.png"] == first["samples.png"]
+    assert read(tmp_path / "loaded")[samples] == first[samples]
     assert not (tmp_path / "loaded" / "model.pt").exists()
 
 
@@ -54,7 +65,7 @@ def test_smoke_files_hold_what_they_should(path, tmp_path):
     from PIL import Image
 
     load(path).main(["--smoke", "--out", str(tmp_path)])
-    for name in ("samples.png", "denoising.png", "loss.png"):
+    for name in pictures(path):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) >= 56 and len(image.convert("L").getcolors()) > 2
     checkpoint = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -132,7 +143,7 @@ def test_ctrl_c_keeps_what_was_learned(path, tmp_path):
         out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert b"Stopped after" in out
-    assert {p.name for p in tmp_path.iterdir()} >= FILES
+    assert {p.name for p in tmp_path.iterdir()} >= {*pictures(path), "metrics.json", "model.pt"}
     assert 0 < json.loads((tmp_path / "metrics.json").read_text())["steps_done"] < 1_000_000
 
 
@@ -228,7 +239,8 @@ def write_cifar10(root, rows, monkeypatch):
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for part, batch in enumerate(rows.chunk(5), start=1):
-        (folder / f"data_batch_{part}").write_bytes(pickle.dumps({"data": batch.numpy(), "labels": [0] * len(batch)}))
+        content = {"data": batch.numpy(), "labels": [part] * len(batch)}
+        (folder / f"data_batch_{part}").write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["thing"]}))
     return folder
 
@@ -239,9 +251,29 @@ def test_cifar10_on_disk_is_read_as_it_is(script, tmp_path, monkeypatch):
     monkeypatch.delattr(urllib.request, "urlopen")  # no network is needed
     rows = torch.randint(0, 256, (10, 3072), dtype=torch.uint8)
     write_cifar10(tmp_path, rows, monkeypatch)
-    for data in ("auto", "cifar10"):
+    for data in ["cifar10"] if hasattr(script, "load_mnist") else ["auto", "cifar10"]:
         images, name = script.load_images(data, tmp_path)
         assert torch.equal(images, rows.view(10, 3, 32, 32)) and name == "cifar10"
+
+
+@having("load_labels")
+def test_labels_belong_to_their_images(script, tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1).expand(7, 28, 28).contiguous()
+    path = write_idx(tmp_path, images).with_name("train-labels-idx1-ubyte")
+    path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 7, *range(3, 10)]))
+    pixels = script.load_images("mnist", tmp_path)[0][:, 0, 0, 0]
+    assert (script.load_labels("mnist", tmp_path) - pixels).tolist() == [3] * 7
+    write_cifar10(tmp_path, torch.zeros(10, 3072, dtype=torch.uint8), monkeypatch)
+    assert script.load_labels("cifar10", tmp_path).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert script.load_labels("digits", None).tolist() == load_digits().target.tolist()
+    for data in ("photos", "strokes"):
+        images, labels = script.load_images(data, None)[0], script.load_labels(data, None)
+        assert len(images) == len(labels) and labels.bincount().tolist() == [len(images) // 2] * 2
+    path.unlink()
+    with pytest.raises(SystemExit):
+        script.load_labels("mnist", tmp_path)
 
 
 @having("load_cifar10")
@@ -249,13 +281,13 @@ def test_damaged_cifar10_is_named_in_one_line(script, tmp_path, monkeypatch, cap
     folder = write_cifar10(tmp_path, torch.zeros(10, 3072, dtype=torch.uint8), monkeypatch)
     (folder / "data_batch_3").write_bytes((folder / "data_batch_3").read_bytes()[:100])
     with pytest.raises(SystemExit) as stop:
-        script.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "out")])
+        script.main(["--data", "cifar10", "--data-root", str(tmp_path), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and str(folder) in error
     assert not list(tmp_path.glob("out/*")) and folder.exists()
 
 
-@having("load_photos")
+@having("load_photos", without=["load_mnist"])
 def test_without_network_crops_of_photographs_step_in_loudly(script, tmp_path, capsys, monkeypatch):
     from sklearn.datasets import load_sample_image
 

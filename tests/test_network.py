@@ -5,16 +5,30 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import having
+from conftest import definitions, having
 
 
 def tiny(script, **changes):
     """The network of --smoke, changed. Widths are given for 8 groups, and multiplied where the norms have 32."""
     torch.manual_seed(0)
     network = script.SMOKE["network"]
+    if not hasattr(script, "SHAPE"):  # where the data set decides how many channels there are
+        network = {**network, "channels": 1}
     if "widths" in changes:
         changes["widths"] = [width * network["widths"][0] // 8 for width in changes["widths"]]
+    if "guided_eps" in definitions(script.path):
+        network = {**network, "classes": 3}
     return script.UNet(**{**network, **changes}).eval()
+
+
+def eps_of(model, xt, t):
+    """eps_hat; of a network that takes labels, for the label 1."""
+    return model(xt, t, torch.ones_like(t)) if hasattr(model, "label") else model(xt, t)
+
+
+def shape_of(script):
+    """(C, H, W) of the images that tiny takes."""
+    return getattr(script, "SHAPE", (1, 28, 28))
 
 
 def stirred(model):
@@ -38,12 +52,12 @@ def test_time_embedding_values(script):
 @having("UNet.forward")
 @pytest.mark.parametrize("shape", [{}, {"blocks": 2}, {"widths": [8, 16, 24]}])
 def test_unet_shapes(script, shape):
-    model, xt = stirred(tiny(script, **shape)), torch.randn(3, *script.SHAPE)
+    model, xt = stirred(tiny(script, **shape)), torch.randn(3, *shape_of(script))
     t = torch.tensor([1, 500, 1000])
-    eps_hat = model(xt, t)
+    eps_hat = eps_of(model, xt, t)
     assert eps_hat.shape == xt.shape and eps_hat.dtype == torch.float32
-    assert torch.allclose(model(xt[1:2], t[1:2]), eps_hat[1:2], atol=1e-5)  # images do not see each other
-    assert not torch.allclose(model(xt, t.flip(0)), eps_hat)  # the time counts
+    assert torch.allclose(eps_of(model, xt[1:2], t[1:2]), eps_hat[1:2], atol=1e-5)  # images do not see each other
+    assert not torch.allclose(eps_of(model, xt, t.flip(0)), eps_hat)  # the time counts
     eps_hat.square().sum().backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     assert not unused
@@ -53,8 +67,8 @@ def test_unet_shapes(script, shape):
 def test_every_pixel_sees_every_other(script):
     """At the coarsest resolution attention joins the corners."""
     model = stirred(tiny(script))
-    xt = torch.randn(1, *script.SHAPE, requires_grad=True)
-    model(xt, torch.tensor([10]))[0, 0, 0, 0].backward()
+    xt = torch.randn(1, *shape_of(script), requires_grad=True)
+    eps_of(model, xt, torch.tensor([10]))[0, 0, 0, 0].backward()
     assert (xt.grad != 0).all()
 
 
@@ -64,10 +78,10 @@ def test_attention_stands_where_it_is_asked_for(script):
     model = tiny(script, widths=[8, 8, 16], blocks=2, attention=[1])
     held = [[isinstance(block, script.AttentionBlock) for block in level] for level in (*model.down, *model.up)]
     assert held == [[False] * 3, [True, True, False], [False, True, True], [False] * 3]
-    model, xt, t = stirred(model), torch.randn(1, *script.SHAPE), torch.tensor([7])
-    with_attention = model(xt, t)
+    model, xt, t = stirred(model), torch.randn(1, *shape_of(script)), torch.tensor([7])
+    with_attention = eps_of(model, xt, t)
     torch.nn.init.zeros_(model.down[1][0].attention.out.weight)
-    assert not torch.allclose(model(xt, t), with_attention)
+    assert not torch.allclose(eps_of(model, xt, t), with_attention)
 
 
 @having("Attention.forward")
@@ -97,11 +111,11 @@ def test_ema_is_a_weighted_mean_that_forgets_its_start(script):
     assert ema.weight.item() == pytest.approx(1 + 99 * 0.9999, rel=1e-6)
 
 
-@having("train", "batches", "load_images")
+@having("train", "UNet.__init__", once=True)
 def test_training_learns_and_repeats_itself(script, tmp_path):
     """Strokes are learned in seconds; the EMA is not the last weights; the same seed gives the same weights."""
     images, name = script.load_images("strokes", None)
-    assert name == "strokes" and images.dtype == torch.uint8 and images.shape[1:] == script.SHAPE
+    assert name == "strokes" and images.dtype == torch.uint8 and images.shape[1:] == shape_of(script)
     flags = "--smoke --steps 80 --batch-size 16 --lr 2e-3 --T 100 --device cpu --out".split()
     args = script.parse_arguments([*flags, str(tmp_path)])
     script.fill_defaults(args, torch.device("cpu"), {})
@@ -152,7 +166,7 @@ def test_flip_mirrors_half_of_the_images(script):
 @having("flip", "train")
 def test_training_sees_both_halves(script, tmp_path):
     """Images whose left edge alone is bright: the network is shown about as many with a bright right edge."""
-    images, seen = torch.zeros(200, *script.SHAPE, dtype=torch.uint8), []
+    images, seen = torch.zeros(200, *shape_of(script), dtype=torch.uint8), []
     images[..., 0] = 255
 
     class Recorder(script.Diffusion):
