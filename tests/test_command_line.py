@@ -17,6 +17,7 @@ from conftest import ROOT, SCRIPTS, having, load
 # The pictures of a run, samples first.
 PICTURES = {
     "classifier_free_guidance": ["samples", "loss", "guidance", "tradeoff"],
+    "classifier_guidance": ["samples", "loss", "guidance", "tradeoff", "accuracy", "both"],
     "ddim_sampling": ["samples", "loss", "steps", "eta", "interpolation", "inversion"],
     "cosine_schedule": ["samples_linear", "samples_cosine", "skipped", "schedules", "forward", "loss_by_t"],
 }
