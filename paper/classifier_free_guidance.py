@@ -601,8 +601,9 @@ def write_tradeoff(path, sweeps, real):
     for (name, rows), color, style in zip(sweeps.items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=False):
         points = [(row["diversity"], row["accuracy"]) for row in rows.values()]
         left.plot(*zip(*points, strict=True), style, color=color, label=name)
-        for strength, point in zip(rows, points, strict=True):
-            left.annotate(f"{name} = {strength:g}", point, xytext=(6, -10), textcoords="offset points", fontsize=8)
+        for k, (strength, point) in enumerate(zip(rows, points, strict=True)):
+            place = (6, -12 + 18 * (k % 2))  # below and above by turns
+            left.annotate(f"{name} = {strength:g}", point, xytext=place, textcoords="offset points", fontsize=8)
         right.plot(list(rows), [row["FD"] for row in rows.values()], style, color=color, label=name)
     left.plot(real["diversity"], real["accuracy"], "k*", markersize=12, label="real images")
     left.set(xlabel="diversity within a class", ylabel="label accuracy")

@@ -675,8 +675,9 @@ def write_tradeoff(path, sweeps, real):
     for (name, rows), color, style in zip(sweeps.items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=False):
         points = [(row["diversity"], row["accuracy"]) for row in rows.values()]
         left.plot(*zip(*points, strict=True), style, color=color, label=name)
-        for strength, point in zip(rows, points, strict=True):
-            left.annotate(f"{name} = {strength:g}", point, xytext=(6, -10), textcoords="offset points", fontsize=8)
+        for k, (strength, point) in enumerate(zip(rows, points, strict=True)):
+            place = (6, -12 + 18 * (k % 2))  # below and above by turns
+            left.annotate(f"{name} = {strength:g}", point, xytext=place, textcoords="offset points", fontsize=8)
         right.plot(list(rows), [row["FD"] for row in rows.values()], style, color=color, label=name)
     left.plot(real["diversity"], real["accuracy"], "k*", markersize=12, label="real images")
     left.set(xlabel="diversity within a class", ylabel="label accuracy")
@@ -711,7 +712,7 @@ def find_device(name):
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
 
-def load_networks(path):
+def load_with_guide(path):
     """The settings, the EMA network and the noisy classifier of a model.pt that this script wrote."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -809,38 +810,45 @@ def by_class(images, classes, columns):
     return torch.stack([images[label::classes][:columns] for label in range(classes)])
 
 
-def show_both(diffusion, ema, guide, judge, args):
-    """Write guidance.png, both.png, tradeoff.png and samples.png; -> the two tables."""
-    device, classes = diffusion.beta.device, args.network["classes"]
-    y = torch.arange(args.samples, device=device) % classes
-    shape = (args.network["channels"], *args.size)
+def sweep_both(diffusion, ema, guide, judge, args, y):
+    """Samples for the labels y at each strength of both methods -> {"s": ..., "w": ...}: scores, and images."""
+    device, shape = diffusion.beta.device, (args.network["channels"], *args.size)
 
-    def draw(eps_of):
-        with autocast(device):
-            return sample_classes(diffusion, eps_of, y, shape, args.sampler, args.seed, args.clip)
+    def unconditional(xt, t):
+        return ema(xt, t, torch.full_like(t, NULL))
 
     def with_classifier(s):
-        def unconditional(xt, t):
-            return ema(xt, t, torch.full_like(t, NULL))
-
-        return draw(lambda xt, t, y: classifier_eps(diffusion, unconditional, guide, xt, t, y, s))
+        return lambda xt, t, y: classifier_eps(diffusion, unconditional, guide, xt, t, y, s)
 
     def classifier_free(w):
-        return draw(lambda xt, t, y: guided_eps(ema, xt, t, y, w))
+        return lambda xt, t, y: guided_eps(ema, xt, t, y, w)
 
     scores, drawn = {}, {}
-    for name, sample in (("s", with_classifier), ("w", classifier_free)):
-        scores[name], drawn[name] = sweep(name, (0, 1, 2, 4, 8), sample, judge, y)
+    for name, eps_of in (("s", with_classifier), ("w", classifier_free)):
+
+        def draw(strength, eps_of=eps_of):
+            with autocast(device):
+                return sample_classes(diffusion, eps_of(strength), y, shape, args.sampler, args.seed, args.clip)
+
+        scores[name], drawn[name] = sweep(name, (0, 1, 2, 4, 8), draw, judge, y)
+    return scores, drawn
+
+
+def show_both(diffusion, ema, guide, judge, args):
+    """Write guidance.png, both.png, tradeoff.png and samples.png; -> the two tables."""
+    classes = args.network["classes"]
+    y = torch.arange(args.samples, device=diffusion.beta.device) % classes
+    scores, drawn = sweep_both(diffusion, ema, guide, judge, args, y)
     blocks = {f"s = {s}": by_class(images, classes, 4) for s, images in drawn["s"].items()}
     write_labelled(args.out / "guidance.png", blocks, list(range(classes)))
     write_tradeoff(args.out / "tradeoff.png", scores, judge.of_real_images)
     write_grid(args.out / "samples.png", drawn["s"][2][: 8 * classes], classes)
-    pairs = [(s, w) for s in drawn["s"] for w in drawn["w"] if s and w]
-    s, w = min(pairs, key=lambda pair: abs(scores["s"][pair[0]]["accuracy"] - scores["w"][pair[1]]["accuracy"]))
-    blocks = {f"classifier, s = {s}": drawn["s"][s], f"classifier-free, w = {w}": drawn["w"][w]}
+    accuracy = {name: {k: row["accuracy"] for k, row in rows.items() if k} for name, rows in scores.items()}
+    pairs = [(s, w) for s in accuracy["s"] for w in accuracy["w"]]
+    s, w = min(pairs, key=lambda pair: abs(accuracy["s"][pair[0]] - accuracy["w"][pair[1]]))  # the most equal two
     blocks = {
-        f"{title}: {judge(images, y)['accuracy']:.0%} right": by_class(images, classes, 8)
-        for title, images in blocks.items()
+        f"classifier, s = {s}: {accuracy['s'][s]:.0%} right": by_class(drawn["s"][s], classes, 8),
+        f"classifier-free, w = {w}: {accuracy['w'][w]:.0%} right": by_class(drawn["w"][w], classes, 8),
     }
     write_labelled(args.out / "both.png", blocks, list(range(classes)))
     return {**scores, "real images": judge.of_real_images}
@@ -850,7 +858,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = find_device(args.device)
     args.device = device.type
-    loaded, ema, guide = load_networks(args.load) if args.load else ({}, None, None)
+    loaded, ema, guide = load_with_guide(args.load) if args.load else ({}, None, None)
     fill_defaults(args, device, loaded)
     hardware = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from conftest import ROOT, SCRIPTS, having, load
 PICTURES = {
     "classifier_free_guidance": ["samples", "loss", "guidance", "tradeoff"],
     "classifier_guidance": ["samples", "loss", "guidance", "tradeoff", "accuracy", "both"],
+    "fid_is": ["samples", "loss", "fid"],
     "ddim_sampling": ["samples", "loss", "steps", "eta", "interpolation", "inversion"],
     "cosine_schedule": ["samples_linear", "samples_cosine", "skipped", "schedules", "forward", "loss_by_t"],
 }
