@@ -488,12 +488,12 @@ def features_of(classifier, images):
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
 SETTINGS = dict(seed=0, T=1000, data="auto", skip_last=0.2, classifier_steps=600, probes=2000)
 GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, S=1000, samples=1000)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1500, batch_size=32, lr=1.5e-3, S=100, samples=256)
+CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1200, batch_size=32, lr=1.5e-3, S=100, samples=256)
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
     **dict(steps=3, batch_size=4, T=10, S=10, samples=4, data="strokes", classifier_steps=3, probes=40),
 )
-CPU_MINUTES = 7  # of the default run on two cores
+CPU_MINUTES = 6  # of the default run on two cores
 
 
 def fail(message):

@@ -1,4 +1,4 @@
-"""What the README names exists: paths, functions with their lines, commands with their flags."""
+"""What the README and the exercises name exists: paths, functions with their lines, commands with their flags."""
 import re
 import shlex
 import subprocess
@@ -9,14 +9,29 @@ import pytest
 from conftest import ROOT, definitions
 
 README = (ROOT / "README.md").read_text()
-PROSE = re.sub(r"```python\n.*?```", "", README, flags=re.DOTALL)
-LINKS = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", PROSE) + [("", path) for path in re.findall(r'src="([^"]*)"', README)]
-COMMANDS = [
-    shlex.split(command, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+DOCUMENTS = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "exercises").glob("*.md"))]
+TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+COMMANDS = {
+    command.strip(): shlex.split(command, comments=True)
+    for text in TEXTS.values()
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines()
     for command in line.split("&&")
-]
+}
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS)
+
+
+def links(document):
+    """(text, target) of all links and pictures outside of the code; of targets in this repository, from its root."""
+    prose = re.sub(r"```python\n.*?```", "", TEXTS[document], flags=re.DOTALL)
+    found = re.findall(r"\[([^\]]*)\]\(([^)]*)\)", prose) + [("", path) for path in re.findall(r'src="([^"]*)"', prose)]
+    folder = (ROOT / document).parent
+    for text, target in found:
+        if not target.startswith("https://"):
+            path, line, number = target.partition("#")
+            target = (folder / path).resolve().relative_to(ROOT.resolve()).as_posix() + line + number
+        yield text, target
 
 
 @cache
@@ -24,8 +39,9 @@ def help_of(script):
     return subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
 
 
-def test_links_lead_somewhere():
-    for text, target in LINKS:
+@each_document
+def test_links_lead_somewhere(document):
+    for text, target in links(document):
         if target.startswith("https://arxiv.org/abs/"):
             assert target.rsplit("/", 1)[1] in text
         else:
@@ -37,16 +53,17 @@ def test_links_lead_somewhere():
                 assert "\n".join(lines[int(line) - 1 :]).startswith(source), f"{text} is not at {target}"
 
 
-def test_code_is_named_as_it_is():
-    names = {name for text, target in LINKS if "#L" in target for name in definitions(target.partition("#")[0])}
-    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", README):
-        if re.fullmatch(r"[\w/]+\.(py|md|txt)", span):
+@each_document
+def test_code_is_named_as_it_is(document):
+    names = {name for _, target in links("README.md") if "#L" in target for name in definitions(target.split("#")[0])}
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", TEXTS[document]):
+        if re.fullmatch(r"[\w/]+/[\w/]+\.(py|md|txt)", span) and not span.startswith("runs/"):
             assert (ROOT / span).is_file(), span
         elif re.fullmatch(r"[A-Z]\w+\.\w+", span):
             assert span in names, span
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_commands_can_be_given(command):
     if command[:2] == ["pip", "install"]:
         assert (ROOT / command[command.index("-r") + 1]).is_file()
