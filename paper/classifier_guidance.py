@@ -310,7 +310,7 @@ class UNet(nn.Module):
 
 
 class NoisyClassifier(nn.Module):
-    """logits = NoisyClassifier(...)(xt, t): (B, C, H, W), (B,) -> (B, classes). The way down of a UNet, and a mean."""
+    """logits = NoisyClassifier(...)(xt, t): (B, C, H, W), (B,) -> (B, classes). A UNet without its way up."""
 
     def __init__(self, channels, widths, classes):
         super().__init__()
@@ -320,15 +320,16 @@ class NoisyClassifier(nn.Module):
         self.down = nn.ModuleList()
         for c, c_below in pairwise(widths):
             self.down.append(nn.ModuleList([ResBlock(c, c, d_time), nn.Conv2d(c, c_below, 3, stride=2, padding=1)]))
-        self.block = ResBlock(widths[-1], widths[-1], d_time)
-        self.head = nn.Sequential(nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.Linear(widths[-1], classes))
+        self.block, self.attention = ResBlock(widths[-1], widths[-1], d_time), Attention(widths[-1])
+        last = nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
+        self.head = nn.Sequential(*last, nn.Linear(4 * 4 * widths[-1], classes))
 
     def forward(self, xt, t):
         e = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)
         for block, halve in self.down:
             h = halve(block(h, e))
-        return self.head(self.block(h, e).mean((2, 3))).to(xt.dtype)
+        return self.head(self.attention(self.block(h, e))).to(xt.dtype)
 
 
 # The score: how far the samples are from real images, as a small classifier sees them.
@@ -600,7 +601,7 @@ def features_of(classifier, images):
 
 # 7. Files and command line ------------------------------------------------------------------------------------
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
-SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, noisy_steps=1200, probes=4000, sampler="ddim")
+SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, noisy_steps=1500, probes=4000, sampler="ddim")
 GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
 CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=2000, batch_size=32, lr=1.5e-3, samples=200)
 SMOKE = dict(

@@ -714,7 +714,8 @@ def load_both(path):
             networks[name] = UNet(**settings["network"])
             networks[name].load_state_dict(checkpoint[key])
             networks[name].eval().requires_grad_(False)
-        return {name: settings[name] for name in ("network", "T", "data")}, networks
+        own = "S" in settings  # the other scripts' settings are not about scoring
+        return {name: settings[name] for name in (settings if own else ("network", "T", "data"))}, networks
     except Exception as error:
         fail(f"--load {path}: no model.pt of this script, ddpm_mnist.py or ddpm_cifar.py ({type(error).__name__})")
 
@@ -874,7 +875,7 @@ def main(argv=None):
     images = None
     if not args.source:
         images, args.data = load_images(args.data, args.data_root)
-        if args.batch_size > len(images):
+        if args.batch_size > len(images) and not args.load:
             fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")
     reference, labels, name = find_reference(args, images)
     shape = list(reference[torch.tensor([0])].shape[1:])
