@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,8 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_cause(path, tmp_path, c
 @each_script
 def test_ctrl_c_keeps_what_was_learned(path, tmp_path):
     command = [sys.executable, str(ROOT / path), "--smoke", "--steps", "1000000", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background are born deaf to Ctrl-C
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear) as process:
         seen = b""
         while b"loss=" not in seen:
             seen += process.stderr.read1(100)
