@@ -9,13 +9,11 @@ from conftest import definitions, having
 
 
 def tiny(script, **changes):
-    """The network of --smoke, changed. Widths are given for 8 groups, and multiplied where the norms have 32."""
+    """The network of --smoke, changed."""
     torch.manual_seed(0)
     network = script.SMOKE["network"]
     if not hasattr(script, "SHAPE"):  # where the data set decides how many channels there are
         network = {**network, "channels": 1}
-    if "widths" in changes:
-        changes["widths"] = [width * network["widths"][0] // 8 for width in changes["widths"]]
     if "guided_eps" in definitions(script.path):
         network = {**network, "classes": 3}
     return script.UNet(**{**network, **changes}).eval()
