@@ -1,12 +1,14 @@
 """What the tests share: the scripts as syntax trees and as modules. Scripts are no package, so they load by path."""
 import ast
 import importlib.util
+import os
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and a sum in several threads need not repeat to the bit
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(p.relative_to(ROOT).as_posix() for d in ("pytorch_lowlevel", "paper") for p in (ROOT / d).glob("*.py"))
 
