@@ -576,7 +576,8 @@ def write_labelled(path, blocks, labels):
     from torchvision.utils import make_grid
 
     columns = sum(images.shape[1] for images in blocks.values())
-    figure = Figure(figsize=(1.2 + 0.55 * columns, 0.4 + 0.55 * len(labels)), layout="constrained")
+    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
+    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
         images = (images.float().clamp(-1, 1) + 1) / 2
         grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)
@@ -608,22 +609,23 @@ def write_tradeoff(path, sweeps, real):
     sweeps: {"w": {strength: {"accuracy": .., "diversity": .., "FD": ..}}}; real: that of real images.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     left, right = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2)
-    for (name, rows), color, style in zip(sweeps.items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=False):
-        points = [(row["diversity"], row["accuracy"]) for row in rows.values()]
-        left.plot(*zip(*points, strict=True), style, color=color, label=name)
-        for k, (strength, point) in enumerate(zip(rows, points, strict=True)):
-            place = (6, -12 + 18 * (k % 2))  # below and above by turns
-            left.annotate(f"{name} = {strength:g}", point, xytext=place, textcoords="offset points", fontsize=8)
-        right.plot(list(rows), [row["FD"] for row in rows.values()], style, color=color, label=name)
+    looks = ("#0072B2", "o-", (-8, -12)), ("#D55E00", "s--", (4, 5))  # the last: where a number stands, in points
+    for (name, rows), (color, style, place) in zip(sweeps.items(), looks, strict=False):
+        x, y, FD = ([row[key] for row in rows.values()] for key in ("diversity", "accuracy", "FD"))
+        left.plot(x, y, style, color=color, label=f"{name}, written at each point")
+        for strength, *point in zip(rows, x, y, strict=True):
+            left.annotate(f"{strength:g}", point, xytext=place, textcoords="offset points", color=color)
+        right.plot(list(rows), FD, style, color=color, label=name)
     left.plot(real["diversity"], real["accuracy"], "k*", markersize=12, label="real images")
-    left.set(xlabel="diversity within a class", ylabel="label accuracy")
+    left.set(xlabel="diversity within a class", ylabel="label accuracy", ylim=(0, 1.1))
     right.axhline(real["FD"], color="black", linestyle=":", label="real images")
     right.set(xlabel=" or ".join(sweeps), ylabel="Fréchet distance", yscale="log")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
+    right.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+    left.legend(), right.legend()
+    left.grid(alpha=0.3), right.grid(alpha=0.3)
     write(path, left.figure.savefig)
 
 

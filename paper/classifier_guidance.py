@@ -16,7 +16,17 @@ writes to runs/classifier_guidance/
 To set the two methods side by side on equal terms, the diffusion model is that of classifier_free_guidance.py: without
 a label it is the unconditional model that classifier guidance needs, with one the conditional one.
 
-MEASURED
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 1,600 steps of 32 images in 191 s, 1,200 of the noisy
+classifier in 109 s, all in 492 s. 200 samples for each strength, by 50 DDIM steps; columns as in
+classifier_free_guidance.py (of real images: 98.9%, 76, 3.3):
+
+    s               0      1      2      4      8   |   w     1      2      4      8
+    accuracy       9%    48%    76%    87%    91%   |       79%    95%   100%   100%
+    diversity     260    182    152    126    107   |       154     92     58     43
+    FD             64     60     39     28     25   |        23    7.6     18     34
+
+At equal accuracy (s = 2, w = 1) the two are equally diverse, but classifier-free guidance is nearer to real images. The
+classifier hardly sees a digit above t = 700 (accuracy.png), where it can only push pixels about.
 
 Left out: guiding a conditional model with a classifier besides (the paper's best), and DDPM's form of the guidance,
 which shifts the mean (Algorithm 1; for small steps it is the same).
@@ -606,9 +616,9 @@ def features_of(classifier, images):
 
 # 7. Files and command line ------------------------------------------------------------------------------------
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
-SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, noisy_steps=1500, probes=4000, sampler="ddim")
+SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, noisy_steps=1200, probes=4000, sampler="ddim")
 GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=2000, batch_size=32, lr=1.5e-3, samples=200)
+CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1600, batch_size=32, lr=1.5e-3, samples=200)
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
     **dict(steps=3, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3, noisy_steps=3, probes=40),
@@ -644,7 +654,8 @@ def write_labelled(path, blocks, labels):
     from torchvision.utils import make_grid
 
     columns = sum(images.shape[1] for images in blocks.values())
-    figure = Figure(figsize=(1.2 + 0.55 * columns, 0.4 + 0.55 * len(labels)), layout="constrained")
+    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
+    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
         images = (images.float().clamp(-1, 1) + 1) / 2
         grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)
@@ -676,22 +687,23 @@ def write_tradeoff(path, sweeps, real):
     sweeps: {"w": {strength: {"accuracy": .., "diversity": .., "FD": ..}}}; real: that of real images.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     left, right = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2)
-    for (name, rows), color, style in zip(sweeps.items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=False):
-        points = [(row["diversity"], row["accuracy"]) for row in rows.values()]
-        left.plot(*zip(*points, strict=True), style, color=color, label=name)
-        for k, (strength, point) in enumerate(zip(rows, points, strict=True)):
-            place = (6, -12 + 18 * (k % 2))  # below and above by turns
-            left.annotate(f"{name} = {strength:g}", point, xytext=place, textcoords="offset points", fontsize=8)
-        right.plot(list(rows), [row["FD"] for row in rows.values()], style, color=color, label=name)
+    looks = ("#0072B2", "o-", (-8, -12)), ("#D55E00", "s--", (4, 5))  # the last: where a number stands, in points
+    for (name, rows), (color, style, place) in zip(sweeps.items(), looks, strict=False):
+        x, y, FD = ([row[key] for row in rows.values()] for key in ("diversity", "accuracy", "FD"))
+        left.plot(x, y, style, color=color, label=f"{name}, written at each point")
+        for strength, *point in zip(rows, x, y, strict=True):
+            left.annotate(f"{strength:g}", point, xytext=place, textcoords="offset points", color=color)
+        right.plot(list(rows), FD, style, color=color, label=name)
     left.plot(real["diversity"], real["accuracy"], "k*", markersize=12, label="real images")
-    left.set(xlabel="diversity within a class", ylabel="label accuracy")
+    left.set(xlabel="diversity within a class", ylabel="label accuracy", ylim=(0, 1.1))
     right.axhline(real["FD"], color="black", linestyle=":", label="real images")
     right.set(xlabel=" or ".join(sweeps), ylabel="Fréchet distance", yscale="log")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
+    right.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+    left.legend(), right.legend()
+    left.grid(alpha=0.3), right.grid(alpha=0.3)
     write(path, left.figure.savefig)
 
 

@@ -535,7 +535,8 @@ def write_labelled(path, blocks, labels):
     from torchvision.utils import make_grid
 
     columns = sum(images.shape[1] for images in blocks.values())
-    figure = Figure(figsize=(1.2 + 0.55 * columns, 0.4 + 0.55 * len(labels)), layout="constrained")
+    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
+    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
         images = (images.float().clamp(-1, 1) + 1) / 2
         grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)

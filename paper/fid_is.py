@@ -19,7 +19,13 @@ do better at this number of samples), and the score of a half, a quarter, an eig
 bias: FID falls as their number grows. Published FIDs are those of 50,000 samples. All this goes to metrics.json and
 fid.png in runs/fid_is/; samples.png and loss.png are written too where a model is sampled or trained.
 
-MEASURED
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 1,500 steps of 32 images in 178 s, twice 1,000 samples by 50
+steps with eta = 1 in 120 s, all in 340 s. Features of the classifier, 1,000 images each:
+
+                   FID   of 500   Inception Score
+    EMA           25.3     27.4   6.13 +- 0.20
+    raw weights   27.2     29.1   6.04 +- 0.18
+    real images   0.84      3.3   9.58 +- 0.02
 
 Left out: KID, precision and recall; torch-fidelity has them.
 """
@@ -688,6 +694,7 @@ def write_loss(path, losses, title):
 def write_fid(path, curves, title):
     """Plot {name: {n: FID}}: the score over the number of samples."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
     axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
     *models, _ = curves  # real images come last
@@ -695,8 +702,11 @@ def write_fid(path, curves, title):
     for (name, curve), (style, color) in zip(curves.items(), styles, strict=True):
         axes.plot(list(curve), list(curve.values()), style, color=color, label=name)
     axes.set(title=title, xlabel="number of samples", ylabel="FID", xscale="log", yscale="log")
+    numbers = FixedLocator(sorted({n for curve in curves.values() for n in curve}))
+    axes.xaxis.set(major_locator=numbers, minor_locator=NullLocator(), major_formatter="{x:g}")
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
     axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     write(path, axes.figure.savefig)
 
 

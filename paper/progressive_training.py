@@ -523,7 +523,7 @@ def train_in_stages(diffusion, stages, images_of, args):
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
 SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, probes=1000, S=50)
 GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=900, batch_size=32, lr=1.5e-3, samples=128)
+CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=800, batch_size=32, lr=1.5e-3, samples=128)
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
     **dict(steps=4, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3, probes=40, S=5),
@@ -559,7 +559,8 @@ def write_labelled(path, blocks, labels):
     from torchvision.utils import make_grid
 
     columns = sum(images.shape[1] for images in blocks.values())
-    figure = Figure(figsize=(1.2 + 0.55 * columns, 0.4 + 0.55 * len(labels)), layout="constrained")
+    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
+    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
         images = (images.float().clamp(-1, 1) + 1) / 2
         grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)

@@ -408,13 +408,13 @@ GPU = dict(
 )
 CPU = dict(
     network=dict(channels=3, widths=[32, 64, 128], blocks=1, attention=[]),
-    **dict(steps=4000, batch_size=32, lr=1.5e-3, compile=False, save_every=250, preview_every=2000),
+    **dict(steps=3200, batch_size=32, lr=1.5e-3, compile=False, save_every=250, preview_every=1600),
 )
 SMOKE = dict(
     network=dict(channels=3, widths=[8, 16], blocks=1, attention=[0]),
     **dict(steps=6, batch_size=4, compile=False, save_every=2, preview_every=5, T=10, samples=4, data="strokes"),
 )
-CPU_SECONDS = 0.1  # of a training step on two cores
+CPU_SECONDS = 0.15  # of a training step on two cores
 
 
 def can_compile(device):

@@ -332,9 +332,9 @@ def show_loss(bar, losses):
 # What a flag that is left out means; what the network is, and how long it trains, depends on the device.
 SETTINGS = dict(seed=0, T=1000, variance="beta", samples=64, data="auto")
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3)
+CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2250, batch_size=32, lr=1.5e-3)
 SMOKE = dict(network=dict(channels=1, widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="strokes")
-CPU_SECONDS = 0.1  # of a training step on two cores
+CPU_SECONDS = 0.125  # of a training step on two cores
 
 
 def fail(message):
