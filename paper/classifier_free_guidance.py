@@ -12,14 +12,14 @@ writes to runs/classifier_free_guidance/
     tradeoff.png        label accuracy against diversity, and the Fréchet distance, over w
     samples.png         w = 2, loss.png, metrics.json (with the table that is printed) and model.pt
 
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 2,700 steps of 32 images in 282 s, all in 397 s. 200
-samples for each w, by 50 DDIM steps; label accuracy, diversity (variance within a class) and FD, the Fréchet distance
-to 10,000 real images, by a small classifier. Of real images: 98.9%, 76, 3.3.
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16; another program took a part of them): 2,700 steps of 32
+images in 448 s, all in 584 s. 200 samples for each w, by 50 DDIM steps; label accuracy, diversity (variance within a
+class) and FD, the Fréchet distance to 10,000 real images, by a small classifier. Of real images: 98.9%, 76, 3.3.
 
     w               0      1      2      4      8
-    accuracy       10%    87%    99%   100%   100%
-    diversity     267    131     68     42     37
-    FD             62     16    4.9     19     35
+    accuracy       11%    86%    99%   100%   100%
+    diversity     271    131     67     43     36
+    FD             59     15    4.4     19     36
 
 Clipping x0_hat to [-1, 1] matters more here than elsewhere: with large w the guided eps_hat asks for pixels far
 outside, and every step would carry the error on. --no-clip shows it.

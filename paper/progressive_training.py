@@ -14,7 +14,17 @@ writes to runs/progressive_training/
 
 MNIST is framed to 32x32. The time is shared out as 1/6, 1/3 and 1/2 for the three sizes.
 
-MEASURED
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16), where a step on 32 images takes 0.032, 0.063 and 0.159 s at
+8x8, 16x16 and 32x32; all in 527 s. FD, the Fréchet distance to 10,000 real images on the features of a small
+classifier, of 128 samples by 50 steps with eta = 1; 128 other real images are at 7.0. One run each:
+
+    seconds   plain: steps   loss     FD     progressive: steps at 8, 16, 32   loss     FD
+    35, 29         200       0.0332   201           167 + 170 + 100            0.0282   169
+    59, 61         400       0.0252    92           334 + 339 + 200            0.0244   103
+    116, 116       800       0.0217    56           668 + 679 + 400            0.0218    69
+
+Small images first pay while the network knows next to nothing: after half a minute. After two minutes the losses are
+equal and the samples of plain training better: what is fine in a digit is learned at full size alone.
 
 Left out: networks that grow with the images, and noise schedules that suit each size.
 """
@@ -528,7 +538,7 @@ SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
     **dict(steps=4, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3, probes=40, S=5),
 )
-CPU_MINUTES = 8  # of the default run on two cores
+CPU_MINUTES = 9  # of the default run on two cores
 
 
 def fail(message):

@@ -76,7 +76,7 @@ def test_commands_can_be_given(command):
     else:
         assert command[0] == "python" and (ROOT / command[1]).is_file()
         for flag in [word for word in command[2:] if word.startswith("--")]:
-            assert re.search(rf"^ +(-h, )?{flag}\b", help_of(command[1]), re.MULTILINE), flag
+            assert re.search(rf"^ +(--?\S+, )?{flag}\b", help_of(command[1]), re.MULTILINE), flag
 
 
 def test_python_blocks_run():
@@ -88,6 +88,13 @@ def test_python_blocks_run():
         assert done.returncode == 0 and done.stdout.count("\n") == 2, done.stderr
 
 
-def test_pictures_are_small():
-    for path in (ROOT / "assets").glob("*"):
-        assert path.stat().st_size < 300_000 and path.name in README
+def test_pictures_are_small_and_shown():
+    for path in (ROOT / "assets").iterdir():
+        assert path.stat().st_size < 300_000
+        assert any(f"assets/{path.name}" in text for text in TEXTS.values())
+
+
+def test_every_picture_has_its_command():
+    """The README's table of pictures names each once, the command that makes it, and its name in the run's folder."""
+    rows = re.findall(r"^\| `(.*?)` \| `assets/(.*?)` \|", README.split("## The pictures")[1], re.MULTILINE)
+    assert sorted(name for _, name in rows) == sorted(path.name for path in (ROOT / "assets").iterdir())
