@@ -15,20 +15,20 @@ writes to runs/ddim_sampling/
     inversion.png       real images, the x_T that DDIM finds for them, and back
     samples.png, loss.png, metrics.json (with the table that is printed) and model.pt
 
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 1,800 steps of 32 images in 184 s, all in about 9 minutes.
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 1,500 steps of 32 images in 179 s, all in 548 s.
 128 samples each; FD is the Fréchet distance to 10,000 real images on the features of a small classifier, where 128
-other real images are at 6.2. DDPM has sigma_t^2 = beta_t, of the long step, and eta = 1 has beta_tilde_t:
+other real images are at 6.1. DDPM has sigma_t^2 = beta_t, of the long step, and eta = 1 has beta_tilde_t:
 
     S                   5     10     20     50    100   1000
-    seconds           0.6    1.2    2.4    6.0     12    122
-    FD, DDPM          291    203     87     47     55     30
-    FD, eta = 1       137     54     35     33     49
-    FD, DDIM          107     59     46     42     40     40
-    FD, quadratic     100     62     48     43     41
+    seconds           0.6    1.2    2.4    5.9     12    119
+    FD, DDPM          304    207    100     55     46     34
+    FD, eta = 1       144     61     42     37     41
+    FD, DDIM          129     72     57     52     50     50
+    FD, quadratic     125     77     61     53     51
 
-As in the paper DDIM is far ahead of DDPM when S is small, and DDPM is ahead at S = T. Unlike there, eta = 1 with the
-smaller variance keeps up with DDIM from S = 10 on: its noise mends errors of a network trained for three minutes. (Of
-so few samples a distance is worth about 8 either way: see S = 50 and S = 100 of the noisy samplers.)
+The network takes 99% of the seconds. As in the paper DDIM is far ahead of DDPM when S is small, and behind it at S = T.
+Unlike there, eta = 1 with the smaller variance is ahead of DDIM from S = 10 on: its noise mends errors of a network
+trained for three minutes. (Of so few samples a distance is worth about 8 either way.)
 
 Left out: the official CIFAR-10 network (ddpm_paper.py --pretrained loads it; here it would be half the file).
 """
