@@ -9,8 +9,8 @@ sampler walks back from pure noise, x_T to x_0, and a new digit appears (Algorit
 writes samples.png, denoising.png, loss.png, metrics.json and model.pt to runs/ddpm_mnist/. The data are MNIST, or,
 where it cannot be downloaded, the 1,797 smaller digits that come with scikit-learn.
 
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16), where the network has 1,163,553 parameters: 2,700 steps of
-32 images in 258 s, the 64 samples by 1,000 DDPM steps in 70 s, 1.0 GB of memory. README.md has the scores. What a GPU
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16), where the network has 1,163,553 parameters: 2,250 steps of
+32 images in 283 s, the 64 samples by 1,000 DDPM steps in 67 s, 1.0 GB of memory. README.md has the scores. What a GPU
 is given, a network of 5,707,521 parameters and 6,000 steps of 256 images, has not been measured yet.
 
 Left out: the learned variance and the variational bound; colour, flips and resuming, which digits do not need.
