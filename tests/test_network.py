@@ -118,9 +118,10 @@ def test_training_learns_and_repeats_itself(script, tmp_path):
     args = script.parse_arguments([*flags, str(tmp_path)])
     script.fill_defaults(args, torch.device("cpu"), {})
     vars(args).update(save_every=80, preview_every=80)  # of those scripts that have them
+    quick = {"widths": [16, 16]} | ({"attention": []} if "attention" in script.SMOKE["network"] else {})
 
     def run():
-        model = tiny(script, widths=[16, 16]).train()
+        model = tiny(script, **quick).train()
         start = copy.deepcopy(model)
         torch.manual_seed(1)
         ema, losses = script.train(script.Diffusion(script.linear_beta(100)), model, images, args)
