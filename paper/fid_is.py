@@ -866,10 +866,10 @@ class Part:
 
 def print_table(rows, kind, reference):
     print(f"\nReference: {reference}. Features: {kind}; scores by other features cannot be compared with these.")
-    print(f"{'':14}{'samples':>8}{'FID':>10}{'of half':>10}   Inception Score")
+    print(f"{'':14}{'samples':>8}{'FID':>12}{'of half':>12}   Inception Score")
     for name, row in rows.items():
         half = "" if row["half"] is None else f"{row['half']:.4g}"
-        print(f"{name:14}{row['n']:8}{row['FID']:10.4g}{half:>10}   {row['IS'][0]:.3f} +- {row['IS'][1]:.3f}")
+        print(f"{name:14}{row['n']:8}{row['FID']:12.4g}{half:>12}   {row['IS'][0]:.3f} +- {row['IS'][1]:.3f}")
     print("real images: one half of the reference, as many as there are samples, against the other half (the floor).")
     if min(row["n"] for row in rows.values()) < ENOUGH:
         print(f"!!! Fewer than {ENOUGH:,} samples: much of these FIDs is bias, and they do not compare with others.")
