@@ -129,7 +129,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: a dict; each of its keys, a time t, is given x_t."""
+        """x_0 of that shape out of noise, t = T..1. keep: {t: None} for the t whose x_t it shall hold."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             if t in keep:
@@ -346,7 +346,7 @@ def load_pretrained(source):
     """The published network of Ho et al., from "hub" (downloaded once) or from a .safetensors or .bin file."""
     try:
         if source == "hub":
-            socket.setdefaulttimeout(NETWORK_SECONDS)
+            socket.setdefaulttimeout(SERVER_SECONDS)
             weights = torch.hub.load_state_dict_from_url(OFFICIAL, map_location="cpu", weights_only=True)
         elif source.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -364,14 +364,14 @@ def load_pretrained(source):
 
 
 # 5. Data ------------------------------------------------------------------------------------------------------
-NETWORK_SECONDS = 10  # a server that says nothing for so long is given up
+SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for NETWORK_SECONDS."""
-    socket.setdefaulttimeout(NETWORK_SECONDS)
+    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
-    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=NETWORK_SECONDS).close()
+    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
 
 
 def load_cifar10(root):
@@ -416,10 +416,11 @@ def load_images(data, root):
 
 def batches(images, batch_size, seed):
     """Endless batches x_0 (B, C, H, W) in [-1, 1]. Epoch after epoch shows each image once, in an order drawn anew."""
-    generator, left = torch.Generator().manual_seed(seed), torch.tensor([], dtype=torch.long, device=images.device)
+    generator = torch.Generator().manual_seed(seed)
+    leftover = torch.tensor([], dtype=torch.long, device=images.device)
     while True:
         order = torch.randperm(len(images), generator=generator).to(images.device)
-        *full, left = torch.cat([left, order]).split(batch_size)  # what is left begins the next epoch's first batch
+        *full, leftover = torch.cat([leftover, order]).split(batch_size)  # it begins the next epoch's first batch
         for index in full:
             yield images[index].float() / 127.5 - 1
 
@@ -735,7 +736,7 @@ def parse_arguments(argv):
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for the files (default: runs/ddpm_paper, with --load its folder loaded)")
+    flag("--out", type=Path, help="folder for files (default: runs/ddpm_paper; --load: loaded/ in it)")
     flag("--data", choices=["cifar10", "photos"], help="(default: cifar10, or photos where it cannot be downloaded)")
     flag("--data-root", default="data", help="folder of CIFAR-10 (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")

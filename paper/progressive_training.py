@@ -288,14 +288,14 @@ def fid(features1, features2):
 SIZES = (8, 16, 32)  # of the images, stage after stage
 
 
-NETWORK_SECONDS = 10  # a server that says nothing for so long is given up
+SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for NETWORK_SECONDS."""
-    socket.setdefaulttimeout(NETWORK_SECONDS)
+    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
-    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=NETWORK_SECONDS).close()
+    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
 
 
 def load_mnist(root):
@@ -388,10 +388,11 @@ def load_labels(data, root):
 
 def batches(images, batch_size, seed):
     """Endless batches x_0 (B, C, H, W) in [-1, 1]. Epoch after epoch shows each image once, in an order drawn anew."""
-    generator, left = torch.Generator().manual_seed(seed), torch.tensor([], dtype=torch.long, device=images.device)
+    generator = torch.Generator().manual_seed(seed)
+    leftover = torch.tensor([], dtype=torch.long, device=images.device)
     while True:
         order = torch.randperm(len(images), generator=generator).to(images.device)
-        *full, left = torch.cat([left, order]).split(batch_size)  # what is left begins the next epoch's first batch
+        *full, leftover = torch.cat([leftover, order]).split(batch_size)  # it begins the next epoch's first batch
         for index in full:
             yield images[index].float() / 127.5 - 1
 
@@ -422,6 +423,7 @@ def update_ema(ema, model, step):
 
 def make_optimizer(model, lr, steps):
     """AdamW, and its learning rate: up to lr over the first 30th of the steps, then in a straight line down to 0."""
+    # Averages over 20 squared gradients (0.95), not 1000 (0.999): in a run of 1000s of steps they are out of date.
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), steps - i) / steps)
 
@@ -632,7 +634,7 @@ def parse_arguments(argv):
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for the files (default: runs/progressive_training, or its folder loaded)")
+    flag("--out", type=Path, help="folder for files (default: runs/progressive_training; --load: loaded/ in it)")
     known = ["mnist", "cifar10", "digits", "photos"]
     flag("--data", choices=known, help="(default: mnist, or digits where it cannot be downloaded)")
     flag("--data-root", default="data", help="folder of MNIST and CIFAR-10 (default: data)")

@@ -221,7 +221,7 @@ def test_without_network_the_bundled_digits_step_in_loudly(script, tmp_path, cap
 def test_a_network_that_hangs_is_given_up(script, tmp_path, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: release.wait(60))
-    monkeypatch.setattr(load(script.path), "NETWORK_SECONDS", 0.2)
+    monkeypatch.setattr(load(script.path), "SERVER_SECONDS", 0.2)
     assert script.load_images("auto", tmp_path)[1] == "digits"
     release.set()
 
