@@ -26,7 +26,7 @@ classifier_free_guidance.py (of real images: 98.9%, 76, 3.3):
     FD             64     60     39     28     25   |        23    7.6     18     34
 
 At equal accuracy (s = 2, w = 1) the two are equally diverse, but classifier-free guidance is nearer to real images. The
-classifier hardly sees a digit above t = 700 (accuracy.png), where it can only push pixels about.
+classifier hardly sees a digit above t = 700 (accuracy.png): there its gradient can hardly help.
 
 Left out: guiding a conditional model with a classifier besides (the paper's best), and DDPM's form of the guidance,
 which shifts the mean (Algorithm 1; for small steps it is the same).

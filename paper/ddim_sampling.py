@@ -27,8 +27,8 @@ other real images are at 6.1. DDPM has sigma_t^2 = beta_t, of the long step, and
     FD, quadratic     125     77     61     53     51
 
 The network takes 99% of the seconds. As in the paper DDIM is far ahead of DDPM when S is small, and behind it at S = T.
-Unlike there, eta = 1 with the smaller variance is ahead of DDIM from S = 10 on: its noise mends errors of a network
-trained for three minutes. (Of so few samples a distance is worth about 8 either way.)
+Unlike there, eta = 1 with the smaller variance is ahead of DDIM from S = 10 on, perhaps because its noise mends errors
+of a network trained for three minutes. (Of so few samples a distance is worth about 8 either way.)
 
 Left out: the official CIFAR-10 network (ddpm_paper.py --pretrained loads it; here it would be half the file).
 """

@@ -14,7 +14,8 @@ checkpoint.pt (for --resume) and preview.png, with --nll nll.png.
 On a CPU a smaller network shows the recipe at work, no more. Measured with real CIFAR-10 on two cores (AMD EPYC,
 bf16): 1,500 steps of 32 images in 509 s, 64 samples by 1,000 DDPM steps in 164 s, last loss 0.0386; smooth patches, in
 colours that are still far too strong. The paper's run, 800,000 steps of 128 images, has not been made here, nor any on
-a GPU. The speed of the paper's network on those cores (batch 16): 50 images/s forward, 14 in training.
+a GPU. The speed of the paper's network on those cores (batch 16): 50 images/s forward, 14 in training;
+on another day, when they were slower (82 and 73% of their speed in bf16 matrix products), 29 and 9 (--benchmark).
 
 Left out: the networks for larger images. EMA: the paper's 0.9999, reached by a ramp.
 """

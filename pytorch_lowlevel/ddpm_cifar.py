@@ -11,9 +11,10 @@ checkpoint.pt, with all that --resume needs, and preview.png. The data are CIFAR
 crops of the two photographs that come with scikit-learn.
 
 Measured with real CIFAR-10 on two CPU cores (AMD EPYC, bf16), where the network has 1,164,707 parameters and the run is
-a shortened one: 3,200 steps of 32 images in 485 s, the 64 samples by 1,000 DDPM steps in 80 s, 1.2 GB of memory; last
-loss 0.0344. It paints colours and textures, no objects. What a GPU is given, the lesson's network of 64, 128, 256 and
-512 channels (22,766,851 parameters), 100,000 steps of 128 images and torch.compile, has not been measured yet.
+a shortened one: 3,200 steps of 32 images in 485 s, the 64 samples by 1,000 DDPM steps in 80 s (another program began
+meanwhile), 1.2 GB of memory; last loss 0.0344. It paints colours and textures, no objects. What a GPU is given, the
+lesson's network of 64, 128, 256 and 512 channels (22,766,851 parameters), 100,000 steps of 128 images and
+torch.compile, has not been measured yet.
 
 Left out: the paper's own network of 35.7M parameters and its 800,000 steps, dropout, the bound on the likelihood.
 """
