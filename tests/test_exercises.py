@@ -45,7 +45,10 @@ def test_the_check_finds_mistakes(path):
         "01_noise_schedule": [("max=0.999", "max=0.99"), ("(1 + s)", "(1 + 2 * s)"), ("- alpha_bar))", "))")],
         "02_sampling_steps": [("eta**2", "eta"), ("- sigma2)", ")"), ("(1 - a / b)", "(1 - b / a)"), ("* z", "* 0")],
         "03_guidance_scale": [("eps_null + w", "eps_y + w"), ("hat - s", "hat + s"), ("(1 - alpha_bar_t).sqrt()", "1")],
-        "04_fid": [("- 2 * overlap", "- overlap"), ("root(S1) @ root(S2)", "S1 @ S2"), (".clamp(min=0)", "")],
+        "04_fid": [
+            *[("- 2 * overlap", "- overlap"), ("root(S1) @ root(S2)", "S1 @ S2"), (".clamp(min=0)", "")],
+            ("features1.T.cov(), features2.T.cov()", "features1.var(0).diag(), features2.var(0).diag()"),
+        ],
     }[path.stem]
     code = blocks(path)
     for right, wrong in mistakes:

@@ -62,9 +62,12 @@ def test_unet_shapes(script, shape):
 
 
 @having("UNet.forward")
-def test_every_pixel_sees_every_other(script):
-    """At the coarsest resolution attention joins the corners."""
-    model = stirred(tiny(script))
+def test_every_pixel_sees_every_other(script, monkeypatch):
+    """At the coarsest resolution attention joins the corners. The norms do as well, and are taken out here."""
+    monkeypatch.setattr(torch.nn.GroupNorm, "forward", lambda self, x: x)
+    model = tiny(script)
+    for p in model.parameters():  # none is zero, and none so large that attention sees a single pixel
+        torch.nn.init.normal_(p, std=0.1)
     xt = torch.randn(1, *shape_of(script), requires_grad=True)
     eps_of(model, xt, torch.tensor([10]))[0, 0, 0, 0].backward()
     assert (xt.grad != 0).all()

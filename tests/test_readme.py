@@ -11,10 +11,10 @@ from conftest import ROOT, definitions
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "exercises").glob("*.md"))]
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
-COMMANDS = {
+COMMANDS = {  # in blocks, and in the tables
     command.strip(): shlex.split(command, comments=True)
     for text in TEXTS.values()
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) + re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)
     for line in block.splitlines()
     for command in line.split("&&")
 }
