@@ -146,7 +146,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None} for the t whose x_t it shall hold."""
+        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             if t in keep:
@@ -306,7 +306,7 @@ SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
     socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
     ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
@@ -350,7 +350,7 @@ def load_small_digits():
 
 
 def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a church in China, and a dahlia."""
+    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
     from sklearn.datasets import load_sample_images
 
     photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
@@ -493,7 +493,8 @@ def features_of(classifier, images):
     if images.dtype != torch.uint8:
         images = (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
     device = next(classifier.parameters()).device
-    parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
+    with torch.autocast(device.type, enabled=False):  # in fp32, wherever the samples come from
+        parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
     return torch.cat(parts).double()
 
 
@@ -504,7 +505,7 @@ GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size
 CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1200, batch_size=32, lr=1.5e-3, S=100, samples=256)
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
-    **dict(steps=3, batch_size=4, T=10, S=10, samples=4, data="strokes", classifier_steps=3, probes=40),
+    steps=3, batch_size=4, T=10, S=10, samples=8, data="strokes", classifier_steps=3, probes=40,
 )
 CPU_MINUTES = 8  # of the default run on two cores
 
@@ -615,7 +616,10 @@ def find_device(name):
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).item()  # fails where there is no such device
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
@@ -722,6 +726,8 @@ def main(argv=None):
     args.device = device.type
     loaded, emas = load_networks(args.load) if args.load else ({}, None)
     fill_defaults(args, device, loaded)
+    if args.samples < 8:
+        fail(f"--samples must be 8 or more, not {args.samples}")
     if not 0 <= args.skip_last < 1:
         fail(f"--skip-last must be a number from 0 to below 1, not {args.skip_last}")
     hardware = f"{device}, {torch.get_num_threads()} threads"

@@ -2,15 +2,15 @@
 
 Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple never asks how x_t came about from
 x_0 step by step: it knows q(x_t | x_0) alone. So the network that DDPM trains serves a whole family of samplers, told
-apart by eta, on any subset of the times. With eta = 0 no noise is added on the way: x_0 is a function of x_T, which can
-skip steps, interpolate between images, and be run backwards.
+apart by eta, on any subset of the times. With eta = 0 no noise is added on the way: x_0 is a function of x_T. One
+can skip steps, interpolate between images, and run it backwards.
 
     python paper/ddim_sampling.py
     python paper/ddim_sampling.py --load runs/ddim_sampling/model.pt --seed 1
 
 writes to runs/ddim_sampling/
     steps.png           rows: S = 5, 10, 20, 50, 100 and T steps; DDPM and DDIM from the same x_T
-    eta.png             S = 20, eta from 0 to 1
+    eta.png             S = 20 and S = 100, eta from 0 to 1
     interpolation.png   images between two images: x_T turned from one to the other
     inversion.png       real images, the x_T that DDIM finds for them, and back
     samples.png, loss.png, metrics.json (with the table that is printed) and model.pt
@@ -136,8 +136,8 @@ class Diffusion:
     def ddim_invert(self, model, x0, S):
         """The x_T that ddim_sample, with eta = 0 and no clipping, takes to x_0 (DDIM, Section 4.3): run backwards.
 
-        The step from t to t_next needs the eps_hat of x_{t_next}, which is what it looks for. The one of x_t stands in:
-        the shorter the steps, the better.
+        The step to t_next needs eps_hat of x_{t_next}, which is not known yet. What the network says of x_t at time
+        t_next stands in: the shorter the steps, the smaller the error.
         """
         xt = x0
         for t, t_next in tqdm(list(pairwise([0, *ddim_timesteps(self.T, S)[::-1]])), "backwards"):
@@ -158,7 +158,7 @@ def ddim_timesteps(T, S, spacing="uniform"):
 
 
 def slerp(x, y, u):
-    """From x (u = 0) to y (u = 1) along the arc between them (DDIM, Eq. 67): a straight line would leave the noise."""
+    """From x (u = 0) to y (u = 1) on the arc between them (DDIM, Eq. 67); on a straight line noise gets too short."""
     angle = torch.acos((x * y).sum() / (x.norm() * y.norm()))
     return (torch.sin((1 - u) * angle) * x + torch.sin(u * angle) * y) / torch.sin(angle)
 
@@ -291,7 +291,7 @@ SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
     socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
     ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
@@ -335,7 +335,7 @@ def load_small_digits():
 
 
 def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a church in China, and a dahlia."""
+    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
     from sklearn.datasets import load_sample_images
 
     photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
@@ -478,7 +478,8 @@ def features_of(classifier, images):
     if images.dtype != torch.uint8:
         images = (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
     device = next(classifier.parameters()).device
-    parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
+    with torch.autocast(device.type, enabled=False):  # in fp32, wherever the samples come from
+        parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
     return torch.cat(parts).double()
 
 
@@ -489,7 +490,7 @@ GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size
 CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1500, batch_size=32, lr=1.5e-3, samples=128)
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
-    **dict(steps=3, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3),
+    steps=3, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3,
 )
 CPU_MINUTES = 9  # of the default run on two cores
 
@@ -554,7 +555,10 @@ def find_device(name):
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).item()  # fails where there is no such device
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
@@ -628,8 +632,8 @@ class Calls:
     def __call__(self, xt, t):
         start = time.perf_counter()
         eps_hat = self.network(xt, t)
-        if xt.is_cuda:
-            torch.cuda.synchronize()
+        if xt.device.type != "cpu":
+            torch.accelerator.synchronize()
         self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
         return eps_hat
 

@@ -14,8 +14,8 @@ checkpoint.pt (for --resume) and preview.png, with --nll nll.png.
 On a CPU a smaller network shows the recipe at work, no more. Measured with real CIFAR-10 on two cores (AMD EPYC,
 bf16): 1,500 steps of 32 images in 509 s, 64 samples by 1,000 DDPM steps in 164 s, last loss 0.0386; smooth patches, in
 colours that are still far too strong. The paper's run, 800,000 steps of 128 images, has not been made here, nor any on
-a GPU. The speed of the paper's network on those cores (batch 16): 50 images/s forward, 14 in training;
-on another day, when they were slower (82 and 73% of their speed in bf16 matrix products), 29 and 9 (--benchmark).
+a GPU. The speed of the paper's network on those cores, by --benchmark (batch 16): 50 images/s forward and 14 in
+training; on a slower day 29 and 9, 82% and 73% of what the cores then reached in bf16 matrix products.
 
 Left out: the networks for larger images. EMA: the paper's 0.9999, reached by a ramp.
 """
@@ -130,7 +130,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None} for the t whose x_t it shall hold."""
+        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             if t in keep:
@@ -156,7 +156,7 @@ class Diffusion:
             xt = self.q_sample(x0, t, torch.randn_like(x0))
             eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
             x0_hat = self.predict_x0(xt, t, eps_hat)
-            mean, beta_tilde = self.q_posterior(x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
+            mean, _ = self.q_posterior(x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
             if t > 1:
                 true_mean, beta_tilde = self.q_posterior(x0, xt, t)
                 sigma2 = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance]
@@ -369,7 +369,7 @@ SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
     socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
     ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
@@ -390,7 +390,7 @@ def load_cifar10(root):
 
 
 def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a church in China, and a dahlia."""
+    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
     from sklearn.datasets import load_sample_images
 
     photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
@@ -612,16 +612,16 @@ def show_loss(bar, losses):
 SETTINGS = dict(seed=0, T=1000, variance="beta", samples=64, data="auto", schedule="linear", ranks=1)
 GPU = dict(
     network=dict(widths=[128, 256, 256, 256]),
-    **dict(steps=800_000, batch_size=128, lr=2e-4, warm_up=5000, compile=True, save_every=5000, preview_every=20_000),
+    steps=800_000, batch_size=128, lr=2e-4, warm_up=5000, compile=True, save_every=5000, preview_every=20_000,
 )
 CPU = dict(
     network=dict(widths=[32, 64, 64, 64], blocks=1),
-    **dict(steps=1500, batch_size=32, lr=1e-3, warm_up=100, compile=False, save_every=250, preview_every=1000),
+    steps=1500, batch_size=32, lr=1e-3, warm_up=100, compile=False, save_every=250, preview_every=1000,
 )
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1, attention=[1]),
-    **dict(steps=6, batch_size=4, warm_up=1, compile=False, save_every=2, preview_every=5),
-    **dict(T=10, samples=4, data="strokes"),
+    steps=6, batch_size=4, warm_up=1, compile=False, save_every=2, preview_every=5,
+    T=10, samples=4, data="strokes",
 )
 CPU_SECONDS = 0.32  # of a training step on two cores
 
@@ -659,7 +659,7 @@ def write_grid(path, images, columns):
 
 
 def write_denoising(path, diffusion, model, trajectory):
-    """Write how 4 images come out of noise: every x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
+    """Write how 4 images come out of noise: each x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
     pairs = []
     for t, xt in trajectory.items():
         xt = xt[:4]
@@ -686,7 +686,10 @@ def find_device(name):
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).item()  # fails where there is no such device
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
@@ -737,11 +740,11 @@ def parse_arguments(argv):
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for files (default: runs/ddpm_paper; --load: loaded/ in it)")
+    flag("--out", type=Path, help="folder for files (default: runs/ddpm_paper; --load, --pretrained: loaded/ in it)")
     flag("--data", choices=["cifar10", "photos"], help="(default: cifar10, or photos where it cannot be downloaded)")
     flag("--data-root", default="data", help="folder of CIFAR-10 (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out, exactly where it was")
+    flag("--resume", action="store_true", help="go on with the interrupted run in --out from its checkpoint.pt")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA, where it works)")
     paper_flags(flag)
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
@@ -749,7 +752,8 @@ def parse_arguments(argv):
     flag("--variance", choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})")
     flag("--samples", type=int, help=f"images in samples.png (default: {SETTINGS['samples']})")
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs", Path(__file__).stem, "smoke" if args.smoke else "loaded" if args.load else "")
+    kind = "smoke" if args.smoke else "loaded" if args.load or args.pretrained else ""
+    args.out = args.out or Path("runs", Path(__file__).stem, kind)
     return args
 
 
@@ -869,6 +873,8 @@ def main(argv=None):
     loaded, ema = load_checkpoint(args.load) if args.load else ({}, None)
     if args.pretrained:
         loaded, ema, args.load = {"network": GPU["network"]}, load_pretrained(args.pretrained), args.pretrained
+    if args.load and args.schedule:
+        fail("--schedule is for training: a trained network keeps its own")
     resumed = load_resumed(args) if args.resume else None
     files_of_one_rank(args)
     if args.load and args.compile is None:  # whatever the device of that run was
@@ -883,7 +889,11 @@ def main(argv=None):
         hardware = torch.cuda.get_device_name(device)
     metrics = {"settings": vars(args), "hardware": hardware, "torch": torch.__version__, "seconds": {}}
     if args.nll or not args.load:
+        if rank() > 0:
+            dist.barrier()  # until rank 0 has downloaded what the others then find
         images, args.data = load_images(args.data, args.data_root)
+        if rank() == 0 and ranks() > 1:
+            dist.barrier()
     if not args.load:
         if args.batch_size > len(images):
             fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")

@@ -1,8 +1,8 @@
 """FID and Inception Score, written out, and with them what a score needs to be trusted.
 
 FID: Heusel et al. 2017, arXiv 1706.08500. Inception Score: Salimans et al. 2016, arXiv 1606.03498. Both look at images
-through a network trained to classify. FID takes the features of samples and of real images for two Gaussians, and
-measures their distance; IS asks whether each image is clearly of one class, and all of them of many.
+through a network trained to classify. FID treats the features of the samples and those of real images as two Gaussians,
+and measures the distance between them; IS asks whether each image is clearly of one class, and all of them of many.
 
     python paper/fid_is.py                                              # trains a small model and scores it
     python paper/fid_is.py --samples runs/ddpm_mnist/model.pt           # or scores what another script has trained
@@ -305,7 +305,7 @@ class UNet(nn.Module):
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
-    attention: the places in widths of the resolutions that have attention; the coarsest always has.
+    attention: indices into widths of the resolutions with attention; the coarsest always has it.
     """
 
     def __init__(self, channels, widths, blocks, attention=()):
@@ -363,7 +363,7 @@ SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
     socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
     ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
@@ -407,7 +407,7 @@ def load_small_digits():
 
 
 def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a church in China, and a dahlia."""
+    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
     from sklearn.datasets import load_sample_images
 
     photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
@@ -651,7 +651,7 @@ GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size
 CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1500, batch_size=32, lr=1.5e-3, samples=1000)
 SMOKE = dict(
     network=dict(widths=[8, 16], blocks=1),
-    **dict(steps=3, batch_size=4, T=10, S=5, samples=12, data="strokes", classifier_steps=3),
+    steps=3, batch_size=4, T=10, S=5, samples=12, data="strokes", classifier_steps=3,
 )
 CPU_MINUTES = 6  # of the default run on two cores
 DATA = ["mnist", "cifar10", "digits", "photos"]
@@ -717,7 +717,10 @@ def find_device(name):
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).item()  # fails where there is no such device
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
@@ -818,15 +821,14 @@ def find_reference(args, images):
     return open_images(name, 3), None, name
 
 
-def find_extractor(args, reference, labels, name, device):
-    """The network whose features are compared, as --features says."""
-    kind = args.features or ("inception" if labels is None or args.source else "classifier")
+def find_extractor(kind, args, reference, labels, name, device):
+    """The network whose features are compared. kind: inception or classifier."""
     if kind == "inception":
-        return kind, inception(args.inception_weights, device)
+        return inception(args.inception_weights, device)
     if labels is None:
         fail(f"--features classifier needs labels, and {name} has none: take --reference mnist or cifar10")
     torch.manual_seed(args.seed)
-    return kind, from_classifier(train_classifier(reference, labels, device, args.classifier_steps), device)
+    return from_classifier(train_classifier(reference, labels, device, args.classifier_steps), device)
 
 
 @torch.no_grad()
@@ -897,11 +899,12 @@ def main(argv=None):
     reference, labels, name = find_reference(args, images)
     shape = list(reference[torch.tensor([0])].shape[1:])
     sets = {"samples": open_images(args.source, shape[0])} if args.source else {}
-    for what, some in (("samples", sets.get("samples", reference)), ("reference", reference)):
-        if len(some) < 2:
-            fail(f"--{what}: a score needs 2 images or more")
+    for what, some, least in (("samples", sets.get("samples", reference), 2), ("reference", reference, 4)):
+        if len(some) < least:
+            fail(f"--{what}: a score needs {least} images or more")
     found = list(sets["samples"][torch.tensor([0])].shape[1:]) if args.source else list(images.shape[1:])
-    if found != shape and args.features != "inception":
+    kind = args.features or ("inception" if labels is None or args.source else "classifier")
+    if found != shape and kind != "inception":
         fail(f"--samples are {found}, the images of {name} {shape}: only --features inception takes several sizes")
     if args.samples < 2:
         fail(f"--count must be 2 or more, not {args.samples}")
@@ -926,7 +929,7 @@ def main(argv=None):
         metrics["seconds"]["sampling"] = time.perf_counter() - start
         print(f"{args.samples} samples each, by {min(args.S, args.T)} steps with eta = 1.")
     start = time.perf_counter()
-    kind, extractor = find_extractor(args, reference, labels, name, device)
+    extractor = find_extractor(kind, args, reference, labels, name, device)
     metrics["table"], curves = score_all(sets, reference, extractor)
     metrics["seconds"]["scoring"] = time.perf_counter() - start
     print_table(metrics["table"], kind, name)

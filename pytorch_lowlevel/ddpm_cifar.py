@@ -1,8 +1,9 @@
 """DDPM on colour images: ddpm_mnist.py, and what CIFAR-10 needs besides.
 
 Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). The mathematics is that of digits, to the
-letter. New are: attention at a second resolution, mirrored images (flips), a run of hours that can be interrupted
-(--resume goes on exactly where it was), previews on the way, and torch.compile.
+letter. New are: attention at a second resolution (in the network for a GPU), mirrored images (flips), a run of hours
+that can be interrupted (--resume goes on from its last checkpoint, to the bit as if nothing had happened), previews on
+the way, and torch.compile.
 
     python pytorch_lowlevel/ddpm_cifar.py
 
@@ -113,7 +114,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None} for the t whose x_t it shall hold."""
+        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             if t in keep:
@@ -186,7 +187,7 @@ class UNet(nn.Module):
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
-    attention: the places in widths of the resolutions that have attention; the coarsest always has.
+    attention: indices into widths of the resolutions with attention; the coarsest always has it.
     """
 
     def __init__(self, channels, widths, blocks, attention=()):
@@ -230,7 +231,7 @@ SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
     socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
     ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
@@ -251,7 +252,7 @@ def load_cifar10(root):
 
 
 def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a church in China, and a dahlia."""
+    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
     from sklearn.datasets import load_sample_images
 
     photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
@@ -407,15 +408,15 @@ def show_loss(bar, losses):
 SETTINGS = dict(seed=0, T=1000, variance="beta", samples=64, data="auto")
 GPU = dict(
     network=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]),
-    **dict(steps=100_000, batch_size=128, lr=2e-4, compile=True, save_every=2000, preview_every=10_000),
+    steps=100_000, batch_size=128, lr=2e-4, compile=True, save_every=2000, preview_every=10_000,
 )
 CPU = dict(
     network=dict(channels=3, widths=[32, 64, 128], blocks=1, attention=[]),
-    **dict(steps=3200, batch_size=32, lr=1.5e-3, compile=False, save_every=250, preview_every=1600),
+    steps=3200, batch_size=32, lr=1.5e-3, compile=False, save_every=250, preview_every=1600,
 )
 SMOKE = dict(
     network=dict(channels=3, widths=[8, 16], blocks=1, attention=[0]),
-    **dict(steps=6, batch_size=4, compile=False, save_every=2, preview_every=5, T=10, samples=4, data="strokes"),
+    steps=6, batch_size=4, compile=False, save_every=2, preview_every=5, T=10, samples=4, data="strokes",
 )
 CPU_SECONDS = 0.15  # of a training step on two cores
 
@@ -453,7 +454,7 @@ def write_grid(path, images, columns):
 
 
 def write_denoising(path, diffusion, model, trajectory):
-    """Write how 4 images come out of noise: every x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
+    """Write how 4 images come out of noise: each x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
     pairs = []
     for t, xt in trajectory.items():
         xt = xt[:4]
@@ -480,7 +481,10 @@ def find_device(name):
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).item()  # fails where there is no such device
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 
@@ -527,7 +531,7 @@ def parse_arguments(argv):
     flag("--data", choices=["cifar10", "photos"], help="(default: cifar10, or photos where it cannot be downloaded)")
     flag("--data-root", default="data", help="folder of CIFAR-10 (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out, exactly where it was")
+    flag("--resume", action="store_true", help="go on with the interrupted run in --out from its checkpoint.pt")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA, where it works)")
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
     flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")

@@ -110,7 +110,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None} for the t whose x_t it shall hold."""
+        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             if t in keep:
@@ -214,7 +214,7 @@ SERVER_SECONDS = 10  # a server that says nothing for so long is given up
 
 
 def knock(url):
-    """Nothing, where a server answers; an error of OSError or HTTPException, where none does for SERVER_SECONDS."""
+    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
     socket.setdefaulttimeout(SERVER_SECONDS)
     # Asked in a thread, because looking up the server's name knows no time limit.
     ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
@@ -362,7 +362,7 @@ def write_grid(path, images, columns):
 
 
 def write_denoising(path, diffusion, model, trajectory):
-    """Write how 4 images come out of noise: every x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
+    """Write how 4 images come out of noise: each x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
     pairs = []
     for t, xt in trajectory.items():
         xt = xt[:4]
@@ -389,7 +389,10 @@ def find_device(name):
     device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.ones(1, device=device).item()  # fails where there is no such device
-        return torch.device(device)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
 

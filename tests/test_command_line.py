@@ -132,6 +132,13 @@ def test_bad_input_is_one_line_and_exit_2(path, flags, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} - {"out"} == before and not list(tmp_path.glob("out/*"))
 
 
+@having("fid", "train", without=["find_reference"])  # fid_is.py calls the number --count
+def test_so_few_samples_that_they_have_no_score(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--smoke", "--samples", "7", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "--samples must be 8 or more" in capsys.readouterr().err
+
+
 @each_script
 def test_a_loss_that_is_no_number_stops_the_run_with_its_cause(path, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -85,29 +85,33 @@ def inception_weights(tmp_path_factory):
         patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state: None)
         torch.manual_seed(0)
         state = module.FeatureExtractorInceptionV3("made", ["2048"]).state_dict()
+    factors = {"conv.weight": 3, "fc.weight": 0.02}  # so that images differ in features, and in logits not too much
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({name: 3 * x if name.endswith("conv.weight") else x for name, x in state.items()}, path)
+    torch.save({name: factors.get(".".join(name.split(".")[-2:]), 1) * x for name, x in state.items()}, path)
     return path
 
 
 def test_the_inception_path_gives_torch_fidelity_s_numbers(inception_weights, tmp_path):
-    """The same made weights, the same two folders of PNGs: FID and Inception Score."""
+    """The same made weights, the same two folders of PNGs, of different sizes: FID and Inception Score."""
     import torch_fidelity
 
-    for name, n, seed in (("samples", 3, 0), ("real", 4, 1)):
-        random_images(tmp_path / name, n, seed=seed)
+    for name, n, size, seed in (("samples", 3, 12, 0), ("real", 4, 16, 1)):
+        random_images(tmp_path / name, n, (size, size), seed)
     load(FID).main(
         ["--smoke", "--device", "cpu", "--samples", str(tmp_path / "samples"), "--reference", str(tmp_path / "real")]
-        + ["--features", "inception", "--inception-weights", str(inception_weights), "--out", str(tmp_path / "out")]
+        + ["--inception-weights", str(inception_weights), "--out", str(tmp_path / "out")]
     )
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["table"]["samples"]
     theirs = torch_fidelity.calculate_metrics(
         **dict(input1=str(tmp_path / "samples"), input2=str(tmp_path / "real"), cuda=False, fid=True, isc=True),
-        **dict(feature_extractor_weights_path=str(inception_weights), isc_splits=3, cache=False, verbose=False),
+        **dict(feature_extractor_weights_path=str(inception_weights), isc_splits=1, cache=False, verbose=False),
     )
     assert row["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert row["IS"][0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     assert row["n"] == 3 and row["FID"] > 0
+    extractor = load(FID).inception(str(inception_weights), torch.device("cpu"))
+    images = load(FID).open_images(str(tmp_path / "samples"), 3)
+    _, (score, _), _ = load(FID).score_images(images, extractor, {3}, splits=1)
+    assert score - 1 == pytest.approx(theirs["inception_score_mean"] - 1, rel=1e-3) and score > 1.001
 
 
 def test_samples_that_are_the_reference(tmp_path):
@@ -139,6 +143,13 @@ def test_identical_sets_are_0_apart_and_the_floor_is_not():
 
 
 BAD = ["empty", "mixed", "one", "text", "cut off", "nan", "range", "shape", "missing", "size"]
+
+
+def test_a_reference_of_three_is_too_few_for_two_halves(tmp_path, capsys):
+    random_images(tmp_path / "samples", 3), random_images(tmp_path / "real", 3)
+    with pytest.raises(SystemExit) as stop:
+        load(FID).main(["--samples", str(tmp_path / "samples"), "--reference", str(tmp_path / "real")])
+    assert stop.value.code == 2 and "--reference: a score needs 4 images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -211,12 +211,32 @@ def test_the_noisy_classifier_learns_and_knows_less_of_more_noise(script):
     assert 0.35 < accuracy[-3:].mean() < 0.65 and accuracy[:8].mean() > accuracy[8:14].mean() > accuracy[14:].mean()
 
 
+@having("train_noisy_classifier")
+def test_ctrl_c_ends_the_training_of_the_noisy_classifier_alone(script, monkeypatch):
+    """What it has learned, and the diffusion model trained before it, are kept."""
+    cross_entropy, losses = torch.nn.functional.cross_entropy, []
+
+    def interrupted(*args):
+        if len(losses) == 2:
+            raise KeyboardInterrupt
+        losses.append(cross_entropy(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", interrupted)
+    images, labels = torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.arange(4) % 2
+    diffusion, network = script.Diffusion(script.linear_beta()), dict(channels=1, widths=[8, 16], classes=2)
+    classifier = script.train_noisy_classifier(diffusion, images, labels, network, torch.device("cpu"), 150)
+    assert len(losses) == 2 and not classifier.training
+
+
 @having("diversity")
 def test_diversity_is_the_variance_within_classes(script):
     y = torch.arange(3000) % 3
     spread = torch.tensor([1.0, 2.0, 3.0])[y]
     features = 100.0 * y[:, None] + spread[:, None] * torch.randn(3000, 5, generator=torch.Generator().manual_seed(0))
     assert script.diversity(features, y) == pytest.approx(5 * (1 + 4 + 9) / 3, rel=0.1)
+    features, y = torch.cat([features, torch.zeros(1, 5)]), torch.cat([y, torch.tensor([3])])
+    assert script.diversity(features, y) == pytest.approx(5 * (1 + 4 + 9) / 3, rel=0.1)  # one image has none
 
 
 @having("by_class")

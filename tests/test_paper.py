@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,19 @@ def test_a_file_without_the_weights_is_one_line(content, tmp_path, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and "--pretrained" in error
 
 
+def test_the_published_weights_leave_the_files_of_a_run_alone():
+    assert load(PAPER).parse_arguments(["--pretrained"]).out == Path("runs/ddpm_paper/loaded")
+
+
+def test_a_trained_network_keeps_its_schedule(tmp_path, capsys):
+    load(PAPER).main(["--smoke", "--out", str(tmp_path)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        load(PAPER).main(["--smoke", "--load", str(tmp_path / "model.pt"), "--schedule", "cosine"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "--schedule" in error
+
+
 # The schedule and the bound -------------------------------------------------------------------------------------------
 
 
@@ -169,9 +183,13 @@ def test_cosine_schedule(script):
     for t in (1, 250, 500, 750, 999):
         assert alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-10)
     assert alpha_bar[1000].item() == pytest.approx(f(999) / f(0) * 0.001, rel=1e-10)
+
+
+@having("cosine_beta")
+def test_cosine_schedule_is_that_of_diffusers(script):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").betas
-    assert (beta[1:] - theirs).abs().max() < 1e-6
+    assert (script.cosine_beta(1000)[1:] - theirs).abs().max() < 1e-6
 
 
 @having("gaussian_kl")
@@ -278,14 +296,16 @@ if script.ranks() > 1:
 
 
 def torchrun(*words, ranks=2):
-    return [sys.executable, "-u", "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *map(str, words)]
+    """--standalone takes any port that is free."""
+    options = ["--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, "-u", "-m", "torch.distributed.run", *options, *map(str, words)]
 
 
 def test_two_ranks_have_the_gradients_of_one_process_with_the_whole_batch(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     results = []
-    for name, start in (("one", [sys.executable, worker]), ("two", torchrun("--master_port=29611", worker))):
+    for name, start in (("one", [sys.executable, worker]), ("two", torchrun(worker))):
         command = [*map(str, start), str(ROOT / "tests"), str(tmp_path / "out"), str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
@@ -299,26 +319,26 @@ def test_two_ranks_have_the_gradients_of_one_process_with_the_whole_batch(tmp_pa
 
 
 def test_two_ranks_resume_exactly(tmp_path):
-    flags = ["--smoke", "--steps", "16", "--device", "cpu"]
+    flags = ["--smoke", "--steps", "40", "--device", "cpu"]
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
 
-    def start(out, port, *more):
-        command = torchrun(f"--master_port={port}", ROOT / PAPER, *flags, "--out", out, *more)
+    def start(out, *more):
+        command = torchrun(ROOT / PAPER, *flags, "--out", out, *more)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
         )
 
-    for out, port, more in ((whole, 29621, ()), (pieces, 29622, ()), (pieces, 29623, ("--resume",))):
-        with start(out, port, *more) as process:
-            if port == 29622:
+    for out, kill, more in ((whole, False, ()), (pieces, True, ()), (pieces, False, ("--resume",))):
+        with start(out, *more) as process:
+            if kill:
                 while "checkpoint.pt" not in (line := process.stdout.readline()):
                     assert line, process.stderr.read()
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 _, error = process.communicate(timeout=200)
                 assert process.returncode == 0, error
-    assert 0 < json.loads((pieces / "metrics.json").read_text())["resumed_after"] < 16
+    assert 0 < json.loads((pieces / "metrics.json").read_text())["resumed_after"] < 40
     for name in ("model.pt", "samples.png", "loss.png"):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -27,10 +27,26 @@ def test_the_plan_takes_the_same_time():
     assert seconds == pytest.approx([8, 16, 24], rel=0.01)
 
 
+def smoke_settings(script):
+    args = argparse.Namespace(**{**script.SETTINGS, **script.SMOKE, "lr": 1e-3}, device="cpu", smoke=True)
+    args.network = {"channels": 1, **args.network}
+    return args
+
+
+def test_a_race_that_is_stopped_in_a_plain_run_shows_full_size_alone(monkeypatch):
+    script = load(SCRIPT)
+    args, images = smoke_settings(script), script.load_images("strokes", None)[0]
+    images_of = {size: script.resized(images, size) for size in script.SIZES}
+    monkeypatch.setattr(script, "train", lambda diffusion, model, images, args: (model, torch.zeros(0)))
+    diffusion = script.Diffusion(script.linear_beta(10))
+    _, emas, table, last = script.race(diffusion, images_of, lambda ema: dict(loss=0.0, FD=0.0), args)
+    assert len(table) == 1 and table[0]["way"] == "plain"
+    assert [(size, ema is emas["plain"]) for size, ema in last] == [(32, True)]
+
+
 def test_weights_carry_over_from_size_to_size(monkeypatch):
     script = load(SCRIPT)
-    args = argparse.Namespace(**{**script.SETTINGS, **script.SMOKE, "lr": 1e-3}, device="cpu")
-    args.network = {"channels": 1, **args.network}
+    args = smoke_settings(script)
     images = script.load_images("strokes", None)[0]
     images_of = {size: script.resized(images, size) for size in script.SIZES}
     train, seen = script.train, []
