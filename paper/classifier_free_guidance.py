@@ -21,8 +21,8 @@ class) and FD, the Fréchet distance to 10,000 real images, by a small classifie
     diversity     271    131     67     43     36
     FD             59     15    4.4     19     36
 
-Clipping x0_hat to [-1, 1] matters more here than elsewhere: with large w the guided eps_hat asks for pixels far
-outside, and every step would carry the error on. --no-clip shows it.
+With large w the guided eps_hat asks for pixels far outside [-1, 1]. Without the clipping of x0_hat (--no-clip) every
+step carries that error on, and some digits stand in specks; the table hardly changes.
 
 Left out: dynamic thresholding, guidance on a part of the times.
 """
