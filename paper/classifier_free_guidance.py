@@ -12,9 +12,9 @@ writes to runs/classifier_free_guidance/
     tradeoff.png        label accuracy against diversity, and the Fréchet distance, over w
     samples.png (w = 2), loss.png, metrics.json (with the table that is printed) and model.pt
 
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16; another program took a part of them): 2,700 steps of 32
-images in 448 s, all in 584 s. 200 samples for each w, by 50 DDIM steps; label accuracy, diversity (variance within a
-class) and FD, the Fréchet distance to 10,000 real images, by a small classifier. Of real images: 98.9%, 76, 3.3.
+Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 2,700 steps of 32 images in 329 s, all in 434 s. 200
+samples for each w, by 50 DDIM steps; label accuracy, diversity (variance within a class) and FD, the Fréchet distance
+to 10,000 real images, by a small classifier. Of real images: 98.9%, 76, 3.3.
 
     w               0      1      2      4      8
     accuracy       11%    86%    99%   100%   100%
