@@ -359,22 +359,34 @@ def load_photos():
     return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
 
 
-def load_images(data, root):
-    """The training images, (N, C, H, W) uint8, and what they are.
+def load_strokes():
+    """What --smoke learns: the 28 diagonals, (28, 1, 28, 28) uint8."""
+    return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte()
 
-    data: auto (mnist, or else digits), mnist, cifar10, digits, photos or strokes.
-    """
-    if data in ("auto", "mnist", "cifar10"):
-        try:
-            return (load_cifar10(root), "cifar10") if data == "cifar10" else (load_mnist(root), "mnist")
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if data != "auto":
-            fail(f"--data {data}: the images cannot be downloaded ({reason})")
-        print(f"\n!!! NO MNIST ({reason}).\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    if data == "strokes":  # for --smoke
-        return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte(), data
-    return (load_photos(), data) if data == "photos" else (load_small_digits(), "digits")
+
+# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
+DATA = {
+    "mnist": load_mnist,
+    "digits": lambda root: load_small_digits(),
+    "cifar10": load_cifar10,
+    "photos": lambda root: load_photos(),
+    "strokes": lambda root: load_strokes(),
+}
+STAND_IN = "scikit-learn's 1,797 digits of 8x8 pixels"
+
+
+def load_images(data, root):
+    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
+    first, second = list(DATA)[:2]
+    name = first if data == "auto" else data
+    try:
+        return DATA[name](root), name
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if data != "auto":
+        fail(f"--data {data}: the images cannot be downloaded ({reason})")
+    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
+    return DATA[second](root), second
 
 
 def load_labels(data, root):
@@ -508,6 +520,10 @@ SMOKE = dict(
     steps=3, batch_size=4, T=10, S=10, samples=8, data="strokes", classifier_steps=3, probes=40,
 )
 CPU_MINUTES = 8  # of the default run on two cores
+FLAGS = {  # besides those of every script
+    "--skip-last": dict(type=float, help=f"the part of 1..T that skipped.png leaves out ({SETTINGS['skip_last']})"),
+    "--samples": dict(type=int, help=f"images to be scored (default: {GPU['samples']}, else {CPU['samples']})"),
+}
 
 
 def fail(message):
@@ -640,23 +656,24 @@ def parse_arguments(argv):
     """The command line; a flag that was left out is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
     flag = parser.add_argument
     flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
     flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for files (default: runs/cosine_schedule; --load: loaded/ in it)")
-    known = ["mnist", "cifar10", "digits", "photos"]
-    flag("--data", choices=known, help="(default: mnist, or digits where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of MNIST and CIFAR-10 (default: data)")
+    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
+    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
+    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
     flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    flag("--skip-last", type=float, help=f"the part of 1..T that skipped.png leaves out ({SETTINGS['skip_last']})")
-    flag("--samples", type=int, help=f"images to be scored (default: {GPU['samples']}, else {CPU['samples']})")
+    for name, options in FLAGS.items():
+        flag(name, **options)
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs", Path(__file__).stem, "smoke" if args.smoke else "loaded" if args.load else "")
+    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
+    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
     return args
 
 

@@ -217,7 +217,7 @@ def double(c):
     return nn.Sequential(nn.Upsample(scale_factor=2), layer(nn.Conv2d(c, c, 3, padding=1)))
 
 
-class ResBlock(nn.Module):
+class ResnetBlock(nn.Module):
     """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time, dropout):
@@ -233,7 +233,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
-class Attention(nn.Module):
+class AttnBlock(nn.Module):
     """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
@@ -248,12 +248,12 @@ class Attention(nn.Module):
         return x + out.transpose(1, 2).view(x.shape)
 
 
-class AttentionBlock(ResBlock):
-    """A ResBlock with attention after it."""
+class ResnetAttnBlock(ResnetBlock):
+    """A ResnetBlock with an AttnBlock after it."""
 
     def __init__(self, c_in, c_out, d_time, dropout):
         super().__init__(c_in, c_out, d_time, dropout)
-        self.attention = Attention(c_out)
+        self.attention = AttnBlock(c_out)
 
     def forward(self, x, e):
         return self.attention(super().forward(x, e))
@@ -275,15 +275,15 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c, skips = widths[0], [widths[0]]  # channels of h; of all that is kept for the way up
         for i, width in enumerate(widths):
-            block = AttentionBlock if i in attention else ResBlock
+            block = ResnetAttnBlock if i in attention else ResnetBlock
             level = [block(a, width, d_time, dropout) for a in [c] + [width] * (blocks - 1)]
             level += [halve(width)] if i < len(widths) - 1 else []
             skips += [width] * len(level)
             self.down.append(nn.ModuleList(level))
             c = width
-        self.middle = nn.ModuleList([AttentionBlock(c, c, d_time, dropout), ResBlock(c, c, d_time, dropout)])
+        self.middle = nn.ModuleList([ResnetAttnBlock(c, c, d_time, dropout), ResnetBlock(c, c, d_time, dropout)])
         for i, width in reversed(list(enumerate(widths))):
-            block = AttentionBlock if i in attention else ResBlock
+            block = ResnetAttnBlock if i in attention else ResnetBlock
             level = [block(a + skips.pop(), width, d_time, dropout) for a in [c] + [width] * blocks]
             level += [double(width)] if i > 0 else []
             self.up.append(nn.ModuleList(level))
@@ -296,13 +296,13 @@ class UNet(nn.Module):
         skips = [h]
         for level in self.down:
             for part in level:
-                h = part(h, e) if isinstance(part, ResBlock) else part(h)
+                h = part(h, e) if isinstance(part, ResnetBlock) else part(h)
                 skips.append(h)
         for block in self.middle:
             h = block(h, e)
         for level in self.up:
             for part in level:
-                h = part(torch.cat([h, skips.pop()], dim=1), e) if isinstance(part, ResBlock) else part(h)
+                h = part(torch.cat([h, skips.pop()], dim=1), e) if isinstance(part, ResnetBlock) else part(h)
         return self.last(h).to(xt.dtype)
 
 
@@ -399,20 +399,33 @@ def load_photos():
     return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
 
 
+def load_colour_strokes():
+    """What --smoke learns: diagonals of three colours, (32, 3, 32, 32) uint8."""
+    stroke = torch.stack([255 * torch.eye(32).roll(i) for i in range(32)])
+    return torch.stack([stroke, stroke.flip(1), stroke.roll(8)], dim=1).byte()
+
+
+# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
+DATA = {
+    "cifar10": load_cifar10,
+    "photos": lambda root: load_photos(),
+    "strokes": lambda root: load_colour_strokes(),
+}
+STAND_IN = "crops of scikit-learn's two photographs"
+
+
 def load_images(data, root):
-    """The training images, (N, 3, 32, 32) uint8, and what they are. data: auto, cifar10, photos or strokes."""
-    if data in ("auto", "cifar10"):
-        try:
-            return load_cifar10(root), "cifar10"
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if data == "cifar10":
-            fail(f"--data cifar10: CIFAR-10 cannot be downloaded ({reason})")
-        print(f"\n!!! NO CIFAR-10 ({reason}).\n!!! In its place: crops of scikit-learn's two photographs.\n")
-    if data == "strokes":  # for --smoke
-        stroke = torch.stack([255 * torch.eye(32).roll(i) for i in range(32)])
-        return torch.stack([stroke, stroke.flip(1), stroke.roll(8)], dim=1).byte(), data
-    return load_photos(), "photos"
+    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
+    first, second = list(DATA)[:2]
+    name = first if data == "auto" else data
+    try:
+        return DATA[name](root), name
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if data != "auto":
+        fail(f"--data {data}: the images cannot be downloaded ({reason})")
+    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
+    return DATA[second](root), second
 
 
 def batches(images, batch_size, seed):
@@ -624,6 +637,16 @@ SMOKE = dict(
     T=10, samples=4, data="strokes",
 )
 CPU_SECONDS = 0.32  # of a training step on two cores
+FLAGS = {  # besides those of every script
+    "--resume": dict(action="store_true", help="go on with the interrupted run in --out from its checkpoint.pt"),
+    "--compile": dict(action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA, where it works)"),
+    "--schedule": dict(choices=list(SCHEDULES), help=f"beta_t (default: {SETTINGS['schedule']})"),
+    "--pretrained": dict(nargs="?", const="hub", help="no training: the published weights, or a file of them"),
+    "--nll": dict(action="store_true", help="bits per dimension of some training images, and nll.png"),
+    "--benchmark": dict(action="store_true", help="nothing but the speed of the paper's network"),
+    "--variance": dict(choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})"),
+    "--samples": dict(type=int, help=f"images in samples.png (default: {SETTINGS['samples']})"),
+}
 
 
 def can_compile(device):
@@ -722,38 +745,28 @@ def load_resumed(args):
     return checkpoint
 
 
-def paper_flags(flag):
-    """What this script can do besides."""
-    flag("--schedule", choices=list(SCHEDULES), help=f"beta_t (default: {SETTINGS['schedule']})")
-    flag("--pretrained", nargs="?", const="hub", help="no training: the published weights, or a file of them")
-    flag("--nll", action="store_true", help="bits per dimension of some training images, and nll.png")
-    flag("--benchmark", action="store_true", help="nothing but the speed of the paper's network")
-
-
 def parse_arguments(argv):
     """The command line; a flag that was left out is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
     flag = parser.add_argument
     flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
     flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for files (default: runs/ddpm_paper; --load, --pretrained: loaded/ in it)")
-    flag("--data", choices=["cifar10", "photos"], help="(default: cifar10, or photos where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of CIFAR-10 (default: data)")
+    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
+    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
+    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--resume", action="store_true", help="go on with the interrupted run in --out from its checkpoint.pt")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA, where it works)")
-    paper_flags(flag)
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
     flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    flag("--variance", choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})")
-    flag("--samples", type=int, help=f"images in samples.png (default: {SETTINGS['samples']})")
+    for name, options in FLAGS.items():
+        flag(name, **options)
     args = parser.parse_args(argv)
-    kind = "smoke" if args.smoke else "loaded" if args.load or args.pretrained else ""
-    args.out = args.out or Path("runs", Path(__file__).stem, kind)
+    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
+    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
     return args
 
 

@@ -416,22 +416,34 @@ def load_photos():
     return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
 
 
-def load_images(data, root):
-    """The training images, (N, C, H, W) uint8, and what they are.
+def load_strokes():
+    """What --smoke learns: the 28 diagonals, (28, 1, 28, 28) uint8."""
+    return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte()
 
-    data: auto (mnist, or else digits), mnist, cifar10, digits, photos or strokes.
-    """
-    if data in ("auto", "mnist", "cifar10"):
-        try:
-            return (load_cifar10(root), "cifar10") if data == "cifar10" else (load_mnist(root), "mnist")
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if data != "auto":
-            fail(f"--data {data}: the images cannot be downloaded ({reason})")
-        print(f"\n!!! NO MNIST ({reason}).\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    if data == "strokes":  # for --smoke
-        return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte(), data
-    return (load_photos(), data) if data == "photos" else (load_small_digits(), "digits")
+
+# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
+DATA = {
+    "mnist": load_mnist,
+    "digits": lambda root: load_small_digits(),
+    "cifar10": load_cifar10,
+    "photos": lambda root: load_photos(),
+    "strokes": lambda root: load_strokes(),
+}
+STAND_IN = "scikit-learn's 1,797 digits of 8x8 pixels"
+
+
+def load_images(data, root):
+    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
+    first, second = list(DATA)[:2]
+    name = first if data == "auto" else data
+    try:
+        return DATA[name](root), name
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if data != "auto":
+        fail(f"--data {data}: the images cannot be downloaded ({reason})")
+    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
+    return DATA[second](root), second
 
 
 def load_labels(data, root):
@@ -654,7 +666,13 @@ SMOKE = dict(
     steps=3, batch_size=4, T=10, S=5, samples=12, data="strokes", classifier_steps=3,
 )
 CPU_MINUTES = 6  # of the default run on two cores
-DATA = ["mnist", "cifar10", "digits", "photos"]
+FLAGS = {  # besides those of every script
+    "--samples": dict(dest="source", help="what to score: a folder, an .npz file, a model.pt (default: train a model)"),
+    "--reference": dict(help="the real images: a data set, a folder, an .npz file (default: the model's data)"),
+    "--features": dict(choices=["inception", "classifier"], help="(default: inception for a folder or .npz file)"),
+    "--inception-weights": dict(help="a file of them, for work without a network"),
+    "--count": dict(dest="samples", type=int, help=f"images drawn (default: {GPU['samples']}, else {CPU['samples']})"),
+}
 ENOUGH = 10_000  # samples, below which FID is mostly bias
 
 
@@ -740,37 +758,28 @@ def load_both(path):
         fail(f"--load {path}: no model.pt of this script, ddpm_mnist.py or ddpm_cifar.py ({type(error).__name__})")
 
 
-def scoring_flags(flag):
-    """What is scored, against what, and by which features."""
-    flag("--samples", dest="source", help="what to score: a folder, an .npz file, a model.pt (default: train a model)")
-    flag("--load", help="a model.pt: the same as --samples")
-    flag("--reference", help="the real images: a data set, a folder, an .npz file (default: the model's data)")
-    flag("--features", choices=["inception", "classifier"], help="(default: inception for a folder or .npz file)")
-    flag("--inception-weights", help="a file of them, for work without a network")
-
-
 def parse_arguments(argv):
     """The command line; a flag that was left out is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
     flag = parser.add_argument
     flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
     flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for files (default: runs/fid_is; --load: loaded/ in it)")
-    flag("--data", choices=DATA, help="(default: mnist, or digits where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of MNIST and CIFAR-10 (default: data)")
+    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
+    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
+    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    scoring_flags(flag)
+    flag("--load", help="a model.pt: no training, samples with the settings of its run")
     flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    flag("--count", dest="samples", type=int, help=f"images to draw (default: {GPU['samples']}, else {CPU['samples']})")
+    for name, options in FLAGS.items():
+        flag(name, **options)
     args = parser.parse_args(argv)
-    if args.source and args.source.endswith(".pt"):
-        args.load, args.source = args.source, None
-    kind = "smoke" if args.smoke else "loaded" if args.load or args.source else ""
-    args.out = args.out or Path("runs", Path(__file__).stem, kind)
+    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
+    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
     return args
 
 
@@ -814,7 +823,7 @@ def draw_sets(diffusion, networks, shape, args):
 def find_reference(args, images):
     """The real images, their labels (or None), and their name."""
     name = args.reference or args.data
-    if name in (*DATA, "strokes"):
+    if name in DATA:
         if name != args.data or images is None:
             images, name = load_images(name, args.data_root)
         return images, load_labels(name, args.data_root), name
@@ -881,6 +890,8 @@ def print_table(rows, kind, reference):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.source and args.source.endswith(".pt"):
+        args.load, args.source = args.source, None
     device = find_device(args.device)
     args.device = device.type
     if args.source and not Path(args.source).exists():

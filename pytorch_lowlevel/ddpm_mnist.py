@@ -243,19 +243,32 @@ def load_small_digits():
     return (255 * images).round().byte()
 
 
+def load_strokes():
+    """What --smoke learns: the 28 diagonals, (28, 1, 28, 28) uint8."""
+    return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte()
+
+
+# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
+DATA = {
+    "mnist": load_mnist,
+    "digits": lambda root: load_small_digits(),
+    "strokes": lambda root: load_strokes(),
+}
+STAND_IN = "scikit-learn's 1,797 digits of 8x8 pixels"
+
+
 def load_images(data, root):
-    """The training images, (N, 1, 28, 28) uint8, and what they are. data: auto, mnist, digits or strokes."""
-    if data in ("auto", "mnist"):
-        try:
-            return load_mnist(root), "mnist"
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if data == "mnist":
-            fail(f"--data mnist: MNIST cannot be downloaded ({reason})")
-        print(f"\n!!! NO MNIST ({reason}).\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    if data == "strokes":  # for --smoke
-        return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte(), data
-    return load_small_digits(), "digits"
+    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
+    first, second = list(DATA)[:2]
+    name = first if data == "auto" else data
+    try:
+        return DATA[name](root), name
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if data != "auto":
+        fail(f"--data {data}: the images cannot be downloaded ({reason})")
+    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
+    return DATA[second](root), second
 
 
 def batches(images, batch_size, seed):
@@ -337,6 +350,10 @@ GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000
 CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2250, batch_size=32, lr=1.5e-3)
 SMOKE = dict(network=dict(channels=1, widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="strokes")
 CPU_SECONDS = 0.125  # of a training step on two cores
+FLAGS = {  # besides those of every script
+    "--variance": dict(choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})"),
+    "--samples": dict(type=int, help=f"images in samples.png (default: {SETTINGS['samples']})"),
+}
 
 
 def fail(message):
@@ -413,22 +430,24 @@ def parse_arguments(argv):
     """The command line; a flag that was left out is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
     flag = parser.add_argument
     flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
     flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
     flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
     flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
     flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help="folder for files (default: runs/ddpm_mnist; --load: loaded/ in it)")
-    flag("--data", choices=["mnist", "digits"], help="(default: mnist, or digits where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of MNIST (default: data)")
+    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
+    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
+    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
     flag("--load", help="a model.pt: no training, samples with the settings of its run")
     flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    flag("--variance", choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})")
-    flag("--samples", type=int, help=f"images in samples.png (default: {SETTINGS['samples']})")
+    for name, options in FLAGS.items():
+        flag(name, **options)
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs", Path(__file__).stem, "smoke" if args.smoke else "loaded" if args.load else "")
+    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
+    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
     return args
 
 
