@@ -1,50 +1,44 @@
 """DDPM on colour images: ddpm_mnist.py, and what CIFAR-10 needs besides.
 
-Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). The mathematics is that of digits, to the
-letter. New are: attention at a second resolution (in the network for a GPU), mirrored images (flips), a run of hours
-that can be interrupted (--resume goes on from its last checkpoint, to the bit as if nothing had happened), previews on
-the way, and torch.compile.
+Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). Sections 1 to 3 are those of ddpm_mnist.py,
+word for word. New are attention at a second resolution, flips (mirrored images), torch.compile, previews, and --resume:
+a long run can be stopped at any moment. On a CPU the resumed run gives the same bits as an unbroken one.
 
-    python pytorch_lowlevel/ddpm_cifar.py
+    python pytorch_lowlevel/ddpm_cifar.py                                   # train, then draw
+    python pytorch_lowlevel/ddpm_cifar.py --resume                          # go on with a run that was stopped
+    python pytorch_lowlevel/ddpm_cifar.py --load runs/ddpm_cifar/model.pt   # draw only
 
-writes samples.png, denoising.png, loss.png, metrics.json and model.pt to runs/ddpm_cifar/; during training
-checkpoint.pt, with all that --resume needs, and preview.png. The data are CIFAR-10, or, where it cannot be downloaded,
-crops of the two photographs that come with scikit-learn.
+Writes to runs/ddpm_cifar/: samples.png, samples.npz, loss.png and model.pt, and during the training checkpoint.pt and
+preview.png. The data are CIFAR-10, downloaded to data/. Where that fails, they are crops of the two photographs that
+come with scikit-learn.
 
-Measured with real CIFAR-10 on two CPU cores (AMD EPYC, bf16), where the network has 1,164,707 parameters and the run is
-a shortened one: 3,200 steps of 32 images in 485 s, the 64 samples by 1,000 DDPM steps in 80 s (another program began
-meanwhile), 1.2 GB of memory; last loss 0.0344. It paints colours and textures, no objects. What a GPU is given, the
-lesson's network of 64, 128, 256 and 512 channels (22,766,851 parameters), 100,000 steps of 128 images and
-torch.compile, has not been measured yet.
-
-Left out: the paper's own network of 35.7M parameters and its 800,000 steps, dropout, the bound on the likelihood.
+On two CPU cores this takes about ten minutes, with a small network: it learns colours and textures, hardly an object.
+With a GPU it trains the lesson's network (64, 128, 256 and 512 channels) for 100,000 steps.
+Left out: the network and the recipe of the paper, dropout and the variational bound; paper/ddpm_paper.py has them.
 """
 import argparse
 import copy
-import http.client
-import json
 import math
 import os
+import signal
 import socket
 import sys
-import tempfile
 import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_sample_images
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.datasets import CIFAR10
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-# torchvision, scikit-learn and matplotlib are imported where they are used, so that --help answers at once.
 
 # 1. Forward process -------------------------------------------------------------------------------------------
-
-
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
     return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
@@ -86,10 +80,7 @@ class Diffusion:
     # 2. Training objective --------------------------------------------------------------------------------
     def loss(self, model, x0):
         """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
-        # t ~ U{1..T}. Algorithm 1 draws each t on its own; here each of B equal slices of 1..T gives one (stratified
-        # sampling). Every t is as likely as before, and the gradient is less noisy.
-        slices = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
-        t = 1 + (self.T * slices / len(x0)).long().clamp(max=self.T - 1)
+        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
 
@@ -113,21 +104,15 @@ class Diffusion:
         return mean + sigma * torch.randn_like(xt)
 
     @torch.no_grad()
-    def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
+    def sample(self, model, shape, clip=True, variance="beta"):
+        """x_0 of that shape (B, C, H, W), from noise x_T down to t = 1 (DDPM, Algorithm 2)."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
-            if t in keep:
-                keep[t] = xt
             xt = self.p_sample(model, xt, t, clip, variance)
-        if 0 in keep:
-            keep[0] = xt
         return xt
 
 
 # 4. Network -----------------------------------------------------------------------------------------------
-
-
 def time_embedding(t, d):
     """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
@@ -185,7 +170,7 @@ class AttentionBlock(ResBlock):
 class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
+    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
     attention: indices into widths of the resolutions with attention; the coarsest always has it.
     """
@@ -198,10 +183,10 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, (c, c_below) in enumerate(pairwise(widths)):
             block = AttentionBlock if i in attention else ResBlock
-            halve = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([block(c, c, d_time) for _ in range(blocks)] + [halve]))
-            self.up.insert(0, nn.ModuleList([double] + [block(2 * c, c, d_time) for _ in range(blocks)]))
+            downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
+            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
+            self.down.append(nn.ModuleList([block(c, c, d_time) for _ in range(blocks)] + [downsample]))
+            self.up.insert(0, nn.ModuleList([upsample] + [block(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
         self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
@@ -211,434 +196,214 @@ class UNet(nn.Module):
         e = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, halve in self.down:
+        for *blocks, downsample in self.down:
             for block in blocks:
                 h = block(h, e)
                 skips.append(h)
-            h = halve(h)
+            h = downsample(h)
         block1, attention, block2 = self.middle
         h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for double, *blocks in self.up:
-            h = double(h)
+        for upsample, *blocks in self.up:
+            h = upsample(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
         return self.last(h).to(xt.dtype)
 
 
 # 5. Data ------------------------------------------------------------------------------------------------------
-SHAPE = (3, 32, 32)  # of an image
-SERVER_SECONDS = 10  # a server that says nothing for so long is given up
-
-
-def knock(url):
-    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
-    socket.setdefaulttimeout(SERVER_SECONDS)
-    # Asked in a thread, because looking up the server's name knows no time limit.
-    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
-
-
-def load_cifar10(root):
-    """CIFAR-10's training images, (50000, 3, 32, 32) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import CIFAR10
-
-    folder = Path(root) / CIFAR10.base_folder
-    if not folder.exists():
-        knock(CIFAR10.url)
-        CIFAR10(root, download=True)
-    try:
-        return torch.from_numpy(CIFAR10(root).data).permute(0, 3, 1, 2)
-    except Exception:
-        fail(f"{folder} is damaged: delete it, and the next run downloads it again")
-
-
-def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
-    from sklearn.datasets import load_sample_images
-
-    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
-    small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
-    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 73, 32, 32)
-    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
-
-
-def load_colour_strokes():
-    """What --smoke learns: diagonals of three colours, (32, 3, 32, 32) uint8."""
-    stroke = torch.stack([255 * torch.eye(32).roll(i) for i in range(32)])
-    return torch.stack([stroke, stroke.flip(1), stroke.roll(8)], dim=1).byte()
-
-
-# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
-DATA = {
-    "cifar10": load_cifar10,
-    "photos": lambda root: load_photos(),
-    "strokes": lambda root: load_colour_strokes(),
-}
-STAND_IN = "crops of scikit-learn's two photographs"
-
-
 def load_images(data, root):
-    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
-    first, second = list(DATA)[:2]
-    name = first if data == "auto" else data
-    try:
-        return DATA[name](root), name
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if data != "auto":
-        fail(f"--data {data}: the images cannot be downloaded ({reason})")
-    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
-    return DATA[second](root), second
-
-
-def batches(images, batch_size, seed):
-    """Endless batches x_0 (B, C, H, W) in [-1, 1]. Epoch after epoch shows each image once, in an order drawn anew."""
-    generator = torch.Generator().manual_seed(seed)
-    leftover = torch.tensor([], dtype=torch.long, device=images.device)
-    while True:
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        *full, leftover = torch.cat([leftover, order]).split(batch_size)  # it begins the next epoch's first batch
-        for index in full:
-            yield images[index].float() / 127.5 - 1
+    """The training images (N, 3, 32, 32) uint8, and what they are: cifar10, or photos in its place."""
+    if data == "cifar10":
+        try:
+            socket.setdefaulttimeout(10)  # seconds
+            return torch.from_numpy(CIFAR10(root, download=True).data).permute(0, 3, 1, 2), "cifar10"
+        except Exception as error:
+            if (folder := Path(root, CIFAR10.base_folder)).exists():
+                fail(f"{folder} cannot be read: delete it, and the next run downloads it again ({error})")
+            print(f"\n!!! NO CIFAR-10: {error}\n!!! In its place: crops of scikit-learn's two photographs.\n")
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)  # (2, 3, 427, 640)
+    small = F.avg_pool2d(photos.float(), 2)  # (2, 3, 213, 320)
+    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 73, 32, 32)
+    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte(), "photos"
 
 
 def flip(x0):
-    """Each image (B, C, H, W) mirrored, or not, with equal chances: a mirrored horse is a horse."""
+    """Each image (B, C, H, W) is mirrored with probability 1/2: a mirrored horse is a horse."""
     return torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
 
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
-    bf16 = False
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+@torch.no_grad()
 def update_ema(ema, model, step):
     """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-
-def make_optimizer(model, lr, steps):
-    """AdamW, and its learning rate: up to lr over the first 30th of the steps, then in a straight line down to 0."""
-    # Averages over 20 squared gradients (0.95), not 1000 (0.999): in a run of 1000s of steps they are out of date.
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), steps - i) / steps)
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def train(diffusion, model, images, args, resumed=None):
-    """Algorithm 1 -> the EMA of the model, the loss of each step. resumed: the checkpoint to go on from, or None."""
+    """Algorithm 1 -> the EMA of the model, and the loss of each step. resumed: the contents of a checkpoint.pt.
+
+    Writes checkpoint.pt and preview.png to args.out on the way. Ctrl-C ends it after the step that is running.
+    """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, schedule = make_optimizer(model, args.lr, args.steps)
-    losses = torch.zeros(args.steps, device=images.device)  # on the device: .item() would make each step wait
-    parts = dict(model=model, ema=ema, optimizer=optimizer, schedule=schedule, random=RandomNumbers(images.device))
-    done = restore(resumed, parts, losses) if resumed else 0
-    stream = islice(batches(images, args.batch_size, args.seed), done, args.steps)
-    try:
-        for x0 in (bar := tqdm(stream, "training", args.steps, initial=done)):
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999: for long runs
+    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    losses = []  # tensors: .item() would make every step wait for the device
+    if resumed:
+        losses += resumed["losses"].to(images.device)
+        for name, part in parts.items():
+            part.load_state_dict(resumed[name])
+
+    def save():
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"network": args.network, "settings": {name: getattr(args, name) for name in SETTINGS}}
+        torch.save(state | {"losses": torch.stack(losses).cpu()}, args.out / "checkpoint.part")
+        os.replace(args.out / "checkpoint.part", args.out / "checkpoint.pt")  # a kill never leaves half a file
+
+    # The first Ctrl-C lets the running step come to its end, so that --resume can go on; a second one ends at once.
+    stopped, usual = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, usual)))
+    for step in (bar := tqdm(range(len(losses), args.steps), "training", args.steps, initial=len(losses))):
+        torch.manual_seed(args.seed + 10**7 * step)  # what a step draws depends on nothing before it
+        index = torch.randint(len(images), (args.batch_size,), device=images.device)
+        x0 = flip(images[index].float() / 127.5 - 1)  # (B, 3, 32, 32) in [-1, 1]
+        with autocast(images.device):
+            loss = diffusion.loss(model, x0)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        update_ema(ema, model, step)
+        losses.append(loss.detach())
+        if len(losses) % 50 == 0 or len(losses) == args.steps:
+            mean = torch.stack(losses[-50:]).mean().item()
+            bar.set_postfix(loss=f"{mean:.4f}")
+            if not math.isfinite(mean):
+                bar.close()
+                fail(f"the loss is {mean} after {step + 1} steps: is the learning rate too high? Try a lower --lr")
+        if len(losses) % args.save_every == 0:
+            save()
+        if stopped:
+            print(f"\nStopped after {len(losses)} steps; --resume goes on from there.")
+            break
+        if len(losses) % args.preview_every == 0:
             with autocast(images.device):
-                loss = diffusion.loss(model, flip(x0))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, done)
-            losses[done] = loss.detach()
-            done += 1
-            now_and_then(bar, diffusion, parts, losses, done, args)
-    except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    show_loss(bar, losses[:done])
-    return ema, losses[:done].cpu()
+                x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
+            save_image(x0, args.out / "preview.png", nrow=4, normalize=True, value_range=(-1, 1))
+    save()
+    signal.signal(signal.SIGINT, usual)
+    return ema, torch.stack(losses).cpu()
 
 
-def now_and_then(bar, diffusion, parts, losses, done, args):
-    """What is due after `done` steps: the loss in the progress bar, checkpoint.pt, preview.png."""
-    if done % 50 == 0 or done == args.steps:
-        show_loss(bar, losses[:done])
-    if done % args.save_every == 0 or done == args.steps:
-        save_checkpoint(args.out / "checkpoint.pt", parts, losses[:done], settings_of(args))
-    if done % args.preview_every == 0 and done < args.steps:
-        preview(diffusion, parts["ema"], parts["random"], args)
-
-
-class RandomNumbers:
-    """The state of the device's random numbers, to be saved and loaded as a network's is."""
-
-    def __init__(self, device):
-        self.module = torch if device.type == "cpu" else torch.get_device_module(device)
-
-    def state_dict(self):
-        return {"state": self.module.get_rng_state()}
-
-    def load_state_dict(self, saved):
-        self.module.set_rng_state(saved["state"])
-
-
-def save_checkpoint(path, parts, losses, settings):
-    """Write all that decides how the run goes on. The place in the data follows from the seed and the step."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"losses": losses.cpu(), "settings": settings}
-    write(path, lambda temporary: torch.save(state, temporary))
-
-
-def restore(checkpoint, parts, losses):
-    """Put the run back to where save_checkpoint saw it -> the number of steps done by then."""
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    done = len(checkpoint["losses"])
-    losses[:done] = checkpoint["losses"]
-    return done
-
-
-def preview(diffusion, ema, random, args):
-    """Write what the EMA draws by now. The training's random numbers go on as if nothing had happened."""
-    before = random.state_dict()
-    torch.manual_seed(args.seed)
-    with autocast(diffusion.beta.device):
-        write_grid(args.out / "preview.png", diffusion.sample(ema, (16, *SHAPE), variance=args.variance).cpu(), 4)
-    random.load_state_dict(before)
-
-
-def show_loss(bar, losses):
-    """Show the mean of the last 50 losses; end the run if it is no number any more."""
-    if len(losses) == 0:
-        fail("stopped before the first step was done")
-    mean = losses[-50:].mean().item()
-    if not math.isfinite(mean):
-        bar.close()
-        fail(f"the loss is {mean} after {len(losses)} steps: is the learning rate too high? Try a lower --lr")
-    bar.set_postfix(loss=f"{mean:.4f}")
-
-
-# 7. Files and command line ------------------------------------------------------------------------------------
-# What a flag that is left out means; what the network is, and how long it trains, depends on the device.
-SETTINGS = dict(seed=0, T=1000, variance="beta", samples=64, data="auto")
-GPU = dict(
-    network=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]),
-    steps=100_000, batch_size=128, lr=2e-4, compile=True, save_every=2000, preview_every=10_000,
-)
-CPU = dict(
-    network=dict(channels=3, widths=[32, 64, 128], blocks=1, attention=[]),
-    steps=3200, batch_size=32, lr=1.5e-3, compile=False, save_every=250, preview_every=1600,
-)
-SMOKE = dict(
-    network=dict(channels=3, widths=[8, 16], blocks=1, attention=[0]),
-    steps=6, batch_size=4, compile=False, save_every=2, preview_every=5, T=10, samples=4, data="strokes",
-)
-CPU_SECONDS = 0.15  # of a training step on two cores
-FLAGS = {  # besides those of every script
-    "--resume": dict(action="store_true", help="go on with the interrupted run in --out from its checkpoint.pt"),
-    "--compile": dict(action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA, where it works)"),
-    "--variance": dict(choices=["beta", "beta_tilde"], help=f"sigma_t^2 (default: {SETTINGS['variance']})"),
-    "--samples": dict(type=int, help=f"images in samples.png (default: {SETTINGS['samples']})"),
-}
-
-
-def can_compile(device):
-    """Whether torch.compile works here: it needs a C++ compiler."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as error:
-        print(f"Going on without torch.compile ({type(error).__name__}).")
-        return False
+# 7. Run -------------------------------------------------------------------------------------------------------
+GPU = dict(network=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]), compile=True)
+GPU |= dict(steps=100_000, batch_size=128, lr=2e-4, save_every=2000, preview_every=10_000)
+CPU = dict(network=dict(channels=3, widths=[32, 64, 128], blocks=1), compile=False)
+CPU |= dict(steps=3200, batch_size=32, lr=1.5e-3, save_every=250, preview_every=1600)
+SMOKE = dict(network=dict(channels=3, widths=[8, 16], blocks=1, attention=[0]), compile=False, data="photos")
+SMOKE |= dict(T=10, samples=4, steps=6, batch_size=4, save_every=2, preview_every=5)
+SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "variance"]  # what the files remember
 
 
 def fail(message):
     """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def write(path, save):
-    """save(a temporary path), then rename it: under `path` stands a whole file, the old or the new."""
-    temporary = path.with_stem(f"{path.stem}.part")
-    save(temporary)
-    os.replace(temporary, path)
-    tqdm.write(f"wrote {path}")  # where a progress bar runs, above it
-
-
-def write_grid(path, images, columns):
-    """Write images (N, C, H, W) in [-1, 1] as a grid at twice their size."""
-    from torchvision.utils import save_image
-
-    large = F.interpolate(images.float(), scale_factor=2)
-    write(path, lambda temporary: save_image(large, temporary, nrow=columns, normalize=True, value_range=(-1, 1)))
-
-
-def write_denoising(path, diffusion, model, trajectory):
-    """Write how 4 images come out of noise: each x_t, and below it x0_hat. trajectory: {t: x_t}, T first."""
-    pairs = []
-    for t, xt in trajectory.items():
-        xt = xt[:4]
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device)) if t > 0 else 0
-        pairs.append(torch.stack([xt, diffusion.predict_x0(xt, t, eps_hat)], dim=1))  # (4, 2, C, H, W)
-    write_grid(path, torch.stack(pairs, dim=2).flatten(0, 2), len(pairs))
-
-
-def write_loss(path, losses, title):
-    """Plot the loss of each step, and its running mean."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    window = 1 + len(losses) // 50
-    axes.semilogy(torch.arange(len(losses)) + 1, losses, color="lightgray", label="each step")
-    axes.semilogy(torch.arange(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), label="running mean")
-    axes.set(title=title, xlabel="step", ylabel=r"$L_{simple}$")
-    axes.legend()
-    write(path, axes.figure.savefig)
-
-
-def find_device(name):
-    """The torch.device of that name, or without one the best there is."""
-    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        torch.ones(1, device=device).item()  # fails where there is no such device
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
-
-
-def load_checkpoint(path):
-    """The settings and the EMA network of a model.pt that this script wrote."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-        ema = UNet(**settings["network"])
-        ema.load_state_dict(checkpoint["ema"])
-        return settings, ema.eval().requires_grad_(False)
-    except Exception as error:
-        fail(f"--load {path}: no model.pt of this script ({type(error).__name__})")
-
-
-def load_resumed(args):
-    """The checkpoint.pt of the run that --resume goes on with. The flags that are given must be those of that run."""
-    path = args.out / "checkpoint.pt"
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-    except Exception as error:
-        fail(f"--resume: no checkpoint of this script in {path} ({type(error).__name__})")
-    given = {name: getattr(args, name, None) for name in settings}
-    differ = [name for name in settings if given[name] not in (None, settings[name])]
-    if differ:
-        told = ", ".join(f"{name.replace('_', '-')} was {settings[name]} and is now {given[name]}" for name in differ)
-        fail(f"--resume: this is another run than the one in {path}: {told}")
-    return checkpoint
-
-
-def parse_arguments(argv):
-    """The command line; a flag that was left out is None."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
-    flag = parser.add_argument
-    flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
-    flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
-    flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
-    flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
-    flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
-    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--load", help="a model.pt: no training, samples with the settings of its run")
-    flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    for name, options in FLAGS.items():
-        flag(name, **options)
-    args = parser.parse_args(argv)
-    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
-    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
-    return args
-
-
-def fill_defaults(args, device, loaded):
-    """Give the flags that were left out their values: those of the loaded run, or what suits the device."""
-    trains = [name for name in ("steps", "batch_size", "lr", "data", "T") if getattr(args, name) is not None]
-    if args.load and trains:
-        fail(f"--{trains[0].replace('_', '-')} is for training, and --load does not train")
-    defaults = {**SETTINGS, **(GPU if device.type == "cuda" else CPU), **(SMOKE if args.smoke else {}), **loaded}
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, None) is None})
-    for name in ("steps", "batch_size", "lr", "T", "samples"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(args, name)}")
-    if abs(args.seed) >= 2**63:
-        fail(f"--seed must be a number of 64 bits, not {args.seed}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-
-
-def settings_of(args):
-    """What the files of a run remember of it."""
-    return {name: getattr(args, name) for name in (*SETTINGS, *CPU, "device")}
-
-
-def draw(diffusion, ema, args, seconds):
-    """Write samples.png and denoising.png; note the time of the sampling in `seconds`."""
-    torch.manual_seed(args.seed)  # again, so that --load draws what the run drew
-    keep = {round(args.T * k / 10): None for k in range(10, -1, -1)}
-    start = time.perf_counter()
-    with autocast(diffusion.beta.device):
-        samples = diffusion.sample(ema, (args.samples, *SHAPE), variance=args.variance, keep=keep).cpu()
-        seconds["sampling"] = time.perf_counter() - start
-        write_grid(args.out / "samples.png", samples, math.ceil(math.sqrt(args.samples)))
-        write_denoising(args.out / "denoising.png", diffusion, ema, keep)
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
-    device = find_device(args.device)
-    args.device = device.type
-    if args.load and args.resume:
-        fail("--load draws, --resume trains: give one of them")
-    loaded, ema = load_checkpoint(args.load) if args.load else ({}, None)
-    resumed = load_resumed(args) if args.resume else None
-    if args.load and args.compile is None:  # whatever the device of that run was
-        args.compile = device.type == "cuda"
-    fill_defaults(args, device, resumed["settings"] if resumed else loaded)
-    args.compile = args.compile and can_compile(device)
-    diffusion = Diffusion(linear_beta(args.T), device)
-    hardware = f"{device}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    metrics = {"settings": vars(args), "hardware": hardware, "torch": torch.__version__, "seconds": {}}
-    if not args.load:
+    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, flag = fail, parser.add_argument
+    flag("--steps", type=int, help="training steps (100,000 with CUDA, else 3200)")
+    flag("--batch-size", type=int, help="images in a training step (128 with CUDA, else 32)")
+    flag("--lr", type=float, help="highest learning rate (2e-4 with CUDA, else 1.5e-3)")
+    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
+    flag("--data", choices=["cifar10", "photos"], default="cifar10", help="or crops of two photographs (cifar10)")
+    flag("--data-root", default="data", help="folder of CIFAR-10 (data)")
+    flag("--seed", type=int, default=0, help="of all random numbers (0)")
+    flag("--samples", type=int, default=64, help="images to draw (64)")
+    flag("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 (beta)")
+    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
+    flag("--out", type=Path, help="folder for the files (runs/ddpm_cifar; with --load or --smoke a folder in it)")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--load", help="a model.pt or checkpoint.pt: draw from it, without training")
+    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out from its checkpoint.pt")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (with CUDA)")
+    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
+    args = parser.parse_args(argv)
+    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
+    parser.set_defaults(out=Path("runs/ddpm_cifar", "loaded" if args.load else "smoke" if args.smoke else ""))
+    saved = None
+    source = args.load or (parser.parse_args(argv).out / "checkpoint.pt" if args.resume else None)
+    if source:
+        try:
+            saved = torch.load(source, map_location="cpu", weights_only=True)
+            defaults |= saved["settings"] | {"network": saved["network"] | {"channels": 3}}
+            UNet(**defaults["network"]).load_state_dict(saved["ema"])
+            assert args.load or "optimizer" in saved
+        except Exception as error:
+            fail(f"{'--load' if args.load else '--resume'} {source}: no file of this script ({type(error).__name__})")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "lr", "T", "data", "seed") if args.resume else ():
+        if getattr(args, name) != saved["settings"][name]:
+            fail(f"--resume: --{name.replace('_', '-')} was {saved['settings'][name]}, not {getattr(args, name)}")
+    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
+        if not least <= getattr(args, name) <= 10**7:
+            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
+    try:
+        args.device = torch.ones(1, device=args.device).device
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "samples.png").open("ab").close()  # can it be written to?
+    except (OSError, RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
+
+    # Training, or loading
+    diffusion = Diffusion(linear_beta(args.T), args.device)
+    torch.manual_seed(args.seed)
+    model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
+    report, start = "", time.perf_counter()
+    if args.load:
+        model.load_state_dict(saved["ema"])
+        ema = model.eval()
+    else:
         images, args.data = load_images(args.data, args.data_root)
-        if args.batch_size > len(images):
-            fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")
-        torch.manual_seed(args.seed)
-        model = UNet(**args.network).to(device, memory_format=torch.channels_last)
-        if device.type != "cuda" and not args.smoke:
-            minutes = args.steps * args.batch_size / CPU["batch_size"] * CPU_SECONDS / 60
-            print(f"A SHORTENED run for CPUs: about {math.ceil(minutes)} minutes of training on two cores with bf16.")
-            print("It learns colours and textures. Objects take a GPU, a larger network and hours.")
+        print(f"{len(images):,} images of {args.data}; {sum(p.numel() for p in model.parameters()):,} parameters")
         if args.compile:
+            torch._dynamo.config.suppress_errors = True  # where there is no compiler, go on without
             model.compile()
-        start = time.perf_counter()
-        ema, losses = train(diffusion, model, images.to(device), args, resumed)
-        metrics["seconds"]["training"] = time.perf_counter() - start
-        metrics |= {"steps_done": len(losses), "loss": losses[-100:].mean().item()}
-        metrics["resumed_after"] = len(resumed["losses"]) if resumed else 0
-        state = {"settings": settings_of(args), "model": model.state_dict(), "ema": ema.state_dict()}
-        write(args.out / "model.pt", lambda temporary: torch.save(state, temporary))
-        write_loss(args.out / "loss.png", losses, f"ddpm_cifar on {args.data}")
-    ema = ema.to(device, memory_format=torch.channels_last)
-    if args.compile:
-        ema.compile()
-    draw(diffusion, ema, args, metrics["seconds"])
-    write(args.out / "metrics.json", lambda temporary: temporary.write_text(json.dumps(metrics, default=str, indent=2)))
+        ema, losses = train(diffusion, model, images.to(args.device), args, saved)
+        report = f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
+        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
+        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1))
+        axes.set(title=f"ddpm_cifar.py on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
+        axes.figure.savefig(args.out / "loss.png")
+
+    torch.manual_seed(args.seed)  # anew, so that --load draws what the run drew
+    start = time.perf_counter()
+    with autocast(args.device):
+        x0 = diffusion.sample(ema, (args.samples, 3, 32, 32), variance=args.variance)
+    samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 3, 32, 32)
+    report += f"{args.samples} samples in {time.perf_counter() - start:.0f} s"
+    np.savez(args.out / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
+    save_image(F.interpolate(samples / 255, scale_factor=2), args.out / "samples.png", nrow=math.isqrt(args.samples))
+    print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":

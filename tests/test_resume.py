@@ -1,97 +1,128 @@
-"""--resume: an interrupted run goes on exactly where it was."""
+"""ddpm_cifar.py, stopped and resumed: bit for bit the run that nothing happened to."""
+import random
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, having, load
+from conftest import CIFAR, ROOT, load, one_line
 
-FLAGS = ["--smoke", "--steps", "60", "--seed", "2"]  # a checkpoint every 2 steps; an epoch has 8
+FLAGS = ["--smoke", "--steps", "60", "--device", "cpu", "--seed", "5"]
+FILES = ["samples.png", "loss.png", "preview.png"]
 
 
 def same(a, b):
-    """Whether two checkpoints hold the same, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+    """Nested dicts, lists and tensors that are equal to the bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@having("restore")
-def test_a_run_killed_twice_and_resumed_equals_the_run_without_a_break(script, tmp_path):
-    """Bit for bit: weights, EMA, losses, samples. The breaks fall within an epoch."""
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert script.main([*FLAGS, "--out", str(whole)]) is None
-    done = []  # steps in the checkpoint after each kill -9
+def start(*flags):
+    command = [sys.executable, str(ROOT / CIFAR), *map(str, flags)]
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=hear)
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, "the script has ended"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    load(CIFAR).main([*FLAGS, "--out", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_stopped_run_goes_on_to_the_same_bits(how, whole, tmp_path):
+    """After a kill it goes on from the last checkpoint; after a Ctrl-C from the step at which it was stopped."""
+    checkpoint, done = tmp_path / "checkpoint.pt", []
     for flags in (FLAGS, [*FLAGS, "--resume"]):
-        command = [sys.executable, "-u", str(ROOT / script.path), *flags, "--out", str(pieces)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            for _ in range(3):
-                while "checkpoint.pt" not in (line := process.stdout.readline()):
-                    assert line, "the script has ended"
-            process.send_signal(signal.SIGKILL)
-        done.append(len(torch.load(pieces / "checkpoint.pt", weights_only=True)["losses"]))
-    assert 6 <= done[0] < done[1] < 60
-    script.main(["--smoke", "--resume", "--out", str(pieces)])  # flags that are left out are those of the run
-    for name in ("model.pt", "samples.png", "denoising.png", "loss.png", "preview.png"):
-        assert (pieces / name).read_bytes() == (whole / name).read_bytes(), name
-    assert same(*(torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, pieces)))
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        with start(*flags, "--out", tmp_path) as process:
+            wait_for(lambda before=before: checkpoint.exists() and checkpoint.stat().st_mtime_ns > before, process)
+            time.sleep(random.random() / 5)
+            process.send_signal(how)
+        assert process.returncode == (0 if how == signal.SIGINT else -signal.SIGKILL)
+        done.append(len(torch.load(checkpoint, weights_only=True)["losses"]))
+    assert 2 <= done[0] < done[1] <= 60
+    load(CIFAR).main(["--smoke", "--resume", "--out", str(tmp_path)])  # flags left out are those of the run
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
+    assert same(*(torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, tmp_path)))
 
 
-@having("restore")
-def test_a_finished_run_resumed_draws_again(script, tmp_path):
-    flags = ["--smoke", "--out", str(tmp_path)]
-    script.main(flags)
-    before = (tmp_path / "samples.png").read_bytes()
-    script.main([*flags, "--resume"])
-    assert (tmp_path / "samples.png").read_bytes() == before
+def test_a_finished_run_resumed_draws_again_and_a_checkpoint_can_be_loaded(whole, tmp_path):
+    before = {name: (whole / name).read_bytes() for name in FILES}
+    load(CIFAR).main(["--smoke", "--resume", "--out", str(whole)])
+    assert {name: (whole / name).read_bytes() for name in FILES} == before
+    load(CIFAR).main(["--load", str(whole / "checkpoint.pt"), "--out", str(tmp_path)])
+    assert (tmp_path / "samples.png").read_bytes() == before["samples.png"]
 
 
-@having("load_resumed")
-@pytest.mark.parametrize("changes", [{"--lr": "0.5"}, {"--seed": "3", "--steps": "9", "--variance": "beta_tilde"}])
-def test_other_settings_are_told_and_stop_the_run(script, changes, tmp_path, capsys):
-    script.main(["--smoke", "--out", str(tmp_path)])
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--smoke", "--resume", "--out", str(tmp_path), *sum(changes.items(), ())])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
+@pytest.mark.parametrize("changes", [{"--lr": "0.5"}, {"--seed": "3"}, {"--steps": "9"}])
+def test_other_settings_stop_the_run(changes, whole, capsys):
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    error = one_line(CIFAR, ["--smoke", "--resume", "--out", whole, *sum(changes.items(), ())], capsys)
     for flag, value in changes.items():
-        assert f"{flag[2:]} was " in error and f" now {value}" in error
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        assert f"{flag} was " in error and value in error
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
 
 
-@having("load_resumed")
-@pytest.mark.parametrize("content", [None, b"", b"half a checkpoint"])
-def test_nothing_to_resume_is_one_line(script, content, tmp_path, capsys):
+@pytest.mark.parametrize("content", [None, b"half a checkpoint", "model.pt"])
+def test_nothing_to_resume_is_one_line(content, whole, tmp_path, capsys):
+    """Nor is a model.pt: it has no optimiser."""
     if content is not None:
+        content = (whole / content).read_bytes() if isinstance(content, str) else content
         (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--smoke", "--resume", "--out", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "checkpoint.pt" in error
+    assert "checkpoint.pt" in one_line(CIFAR, ["--smoke", "--resume", "--out", tmp_path], capsys)
 
 
-@having("save_checkpoint")
-def test_a_checkpoint_cut_off_in_the_writing_leaves_the_one_before(script, tmp_path, monkeypatch):
+def test_a_checkpoint_cut_off_in_the_writing_leaves_the_one_before(tmp_path, monkeypatch):
     """A write that dies half way: what stands under the name is whole, and the run can be resumed."""
     flags = ["--smoke", "--steps", "6", "--out", str(tmp_path)]
     save = torch.save
 
     def die(state, path):
-        if len(state["losses"]) == 4:
+        if len(state.get("losses", ())) == 4:
             path.write_bytes(b"half")
             raise OSError("killed")
         save(state, path)
 
+    usual = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr(load(script.path).torch, "save", die)
-        script.main(flags)
+        patch.setattr(load(CIFAR).torch, "save", die)
+        load(CIFAR).main(flags)
+    signal.signal(signal.SIGINT, usual)
     assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]) == 2
-    script.main([*flags, "--resume"])
+    load(CIFAR).main([*flags, "--resume"])
     assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]) == 6
+
+
+def test_what_a_step_draws_depends_on_its_number_alone(tmp_path, monkeypatch):
+    """Whatever has been drawn before: the batch, the flips, t and the noise of steps 3 and 4 are the same."""
+    script, seen = load(CIFAR), []
+
+    def fresh(*flags):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(script.UNet, "forward", lambda self, xt, t: seen.append((xt, t)) or xt * self.first.bias[0])
+            patch.setattr(script.Diffusion, "sample", lambda self, model, shape, **_: torch.rand(shape))
+            script.main(["--smoke", "--out", str(tmp_path), *flags])
+        return list(seen)
+
+    long = fresh("--steps", "5")
+    torch.randn(99)
+    again = fresh("--steps", "5")
+    assert len(long) == 5 and same(long, again)
+    assert not torch.equal(long[0][0], long[1][0]) and not torch.equal(fresh("--seed", "1")[0][0], long[0][0])
