@@ -1,58 +1,39 @@
-"""Noise schedules: linear against cosine, side by side.
+"""Noise schedules: linear against cosine, all else equal.
 
 Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal 2021, arXiv 2102.09672), Sections 3.2 and 4. The
 linear schedule of DDPM destroys an image early: its last steps add noise to what is noise already. The cosine schedule
-spreads the loss of the signal over all steps. Here one network is trained twice, from the same initial weights, on the
-same batches with the same t and noise, once under each schedule; both then draw from the same x_T.
+spreads the loss of the signal over all steps. Here two networks are trained from the same weights, on the same images,
+t and noise, one under each schedule. Then both draw, from x_T and without the end of the chain, from noise at 0.8 T.
 
-    python paper/cosine_schedule.py
+    python paper/cosine_schedule.py                               # train both, then draw: seven minutes on two cores
+    python paper/cosine_schedule.py --load runs/cosine_schedule   # draw only, with the two networks in that folder
 
-writes to runs/cosine_schedule/
-    schedules.png       beta_t, alpha_bar_t and the log signal-to-noise ratio over t
-    forward.png         one image on its way into noise under each schedule: what the paper is about
-    loss_by_t.png       the loss of both networks over t, and over the log signal-to-noise ratio
-    samples_linear.png, samples_cosine.png, skipped.png
-    metrics.json        the table that is printed, and model.pt with both networks
-
---skip-last FRACTION leaves that part of the chain out, the end that is nearly noise: sampling then starts from pure
-noise at t = (1 - FRACTION) T. Under the linear schedule a fifth is hardly missed.
-
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 2 x 1,200 steps of 32 images in 313 s, all in 447 s. 256
-samples each, by 100 respaced steps with sigma_t^2 = beta_tilde_t; FD is the Fréchet distance to 10,000 real images on
-the features of a small classifier, where 256 other real images are at 3.1:
-
-    schedule    loss      FD    FD without the last fifth of the chain
-    linear      0.0261    43    45
-    cosine      0.0441    34    86
-
+Writes to runs/cosine_schedule/: schedules.png, forward.png (one image on its way into noise), loss_by_t.png, and for
+each schedule model_cosine.pt, samples_cosine.png, skipped_cosine.png (and .npz, for paper/fid_is.py); skipped.png has
+some of all four. The data are MNIST, downloaded to data/, or else scikit-learn's small digits.
 Left out: the learned variance and the hybrid loss, the other half of the paper.
 """
 import argparse
 import copy
-import http.client
-import json
 import math
-import os
 import socket
 import sys
-import tempfile
 import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.datasets import MNIST
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-# torchvision, scikit-learn and matplotlib are imported where they are used, so that --help answers at once.
 
 # 1. Forward process -------------------------------------------------------------------------------------------
-
-
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
     return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
@@ -62,24 +43,6 @@ def cosine_beta(T=1000, s=0.008):
     """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17): (T+1,) float64; beta[0] = 0."""
     f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
     return torch.cat([torch.zeros(1, dtype=torch.float64), (1 - f[1:] / f[:-1]).clamp(max=0.999)])
-
-
-SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta}
-
-
-def respaced(beta, S):
-    """The schedule of S steps that visits every (T/S)-th of T (Nichol & Dhariwal, Section 4, Eq. 19).
-
-    -> its beta (S+1,), and the t (S+1,) that each of its steps has in the long chain: there alpha_bar is the same.
-    """
-    t = torch.linspace(0, len(beta) - 1, S + 1).round().long()
-    alpha_bar = (1 - beta).cumprod(0)[t]
-    return torch.cat([torch.zeros(1), 1 - alpha_bar[1:] / alpha_bar[:-1]]), t
-
-
-def log_snr(alpha_bar):
-    """The logarithm of the signal-to-noise ratio, alpha_bar / (1 - alpha_bar): what is left of the image at t."""
-    return (alpha_bar / (1 - alpha_bar)).log()
 
 
 def at(table, t):
@@ -118,10 +81,7 @@ class Diffusion:
     # 2. Training objective --------------------------------------------------------------------------------
     def loss(self, model, x0):
         """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
-        # t ~ U{1..T}. Algorithm 1 draws each t on its own; here each of B equal slices of 1..T gives one (stratified
-        # sampling). Every t is as likely as before, and the gradient is less noisy.
-        slices = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
-        t = 1 + (self.T * slices / len(x0)).long().clamp(max=self.T - 1)
+        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
 
@@ -145,42 +105,23 @@ class Diffusion:
         return mean + sigma * torch.randn_like(xt)
 
     @torch.no_grad()
-    def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
+    def sample(self, model, shape, clip=True, variance="beta"):
+        """x_0 of that shape (B, C, H, W), from noise x_T down to t = 1 (DDPM, Algorithm 2)."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
-            if t in keep:
-                keep[t] = xt
             xt = self.p_sample(model, xt, t, clip, variance)
-        if 0 in keep:
-            keep[0] = xt
         return xt
 
-
-def sample_with(network, beta, S, skip, shape, device, seed):
-    """x_0 of that shape in S steps, without the first `skip` of them (a fraction): pure noise stands in for x_t."""
-    beta, t_of_step = respaced(beta, S)
-    diffusion, t_of_step = Diffusion(beta[: 1 + round(S * (1 - skip))], device), t_of_step.to(device)
-    torch.manual_seed(seed)  # the same x_T and the same z for every network
-    return diffusion.sample(lambda xt, step: network(xt, t_of_step[step]), shape, variance="beta_tilde")
-
-
-@torch.no_grad()
-def loss_by_t(diffusion, network, images, n):
-    """L_simple in 20 equal bands of t (fewer where T is small): (bands,). The same n images and noise at each call."""
-    device, bands = diffusion.beta.device, min(20, diffusion.T)
-    index = torch.arange(n)
-    x0 = images[index % len(images)].to(device).float() / 127.5 - 1
-    t = (1 + index * diffusion.T // n).to(device)  # evenly over 1..T
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    xt = diffusion.q_sample(x0, t, eps)
-    eps_hat = torch.cat([network(*part) for part in zip(xt.split(250), t.split(250), strict=True)])
-    return torch.stack([part.mean() for part in (eps_hat - eps).square().mean((1, 2, 3)).chunk(bands)]).cpu()
+def sample_respaced(model, beta, S, skip, shape, device):
+    """x_0 in S of the T steps (Nichol & Dhariwal, Section 4), of which those beyond t = (1 - skip) T are left out."""
+    t = torch.linspace(0, len(beta) - 1, S + 1).round().long()
+    alpha_bar = (1 - beta).cumprod(0)[t]  # that of the long chain, and the beta that go with it (Eq. 19)
+    beta = torch.cat([torch.zeros(1), 1 - alpha_bar[1:] / alpha_bar[:-1]])
+    diffusion, t = Diffusion(beta[: 1 + round(S * (1 - skip))], device), t.to(device)
+    return diffusion.sample(lambda xt, step: model(xt, t[step]), shape, variance="beta_tilde")
 
 
 # 4. Network -----------------------------------------------------------------------------------------------
-
-
 def time_embedding(t, d):
     """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
@@ -227,7 +168,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
+    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
     """
 
@@ -238,10 +179,10 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for c, c_below in pairwise(widths):
-            halve = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [halve]))
-            self.up.insert(0, nn.ModuleList([double] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
+            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
+            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
+            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
         self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
@@ -251,210 +192,64 @@ class UNet(nn.Module):
         e = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, halve in self.down:
+        for *blocks, downsample in self.down:
             for block in blocks:
                 h = block(h, e)
                 skips.append(h)
-            h = halve(h)
+            h = downsample(h)
         block1, attention, block2 = self.middle
         h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for double, *blocks in self.up:
-            h = double(h)
+        for upsample, *blocks in self.up:
+            h = upsample(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
         return self.last(h).to(xt.dtype)
 
-
-# The score: how far the samples are from real images, as a small classifier sees them.
-class Classifier(nn.Module):
-    """x (B, C, H, W) in [-1, 1] -> logits (B, classes). features(x), (B, 64), is what they are made of."""
-
-    def __init__(self, channels, classes):
-        super().__init__()
-        layers = []
-        for c_in, c in pairwise([channels, 32, 64, 128]):
-            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 128, 64), nn.ReLU()]
-        self.features, self.head = nn.Sequential(*layers), nn.Linear(64, classes)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-def frechet_distance(mu1, S1, mu2, S2):
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)): the distance of two Gaussians (Heusel et al. 2017). -> float
-
-    mu (D,) and S (D, D), float64. The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2): real
-    numbers whatever the rounding, where a square root of S1 S2 can turn complex.
-    """
-    roots = []
-    for S in (S1, S2):
-        values, vectors = torch.linalg.eigh(S)
-        roots.append(vectors * values.clamp(min=0).sqrt() @ vectors.T)
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return ((mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * overlap).item()
-
-
-def fid(features1, features2):
-    """The Fréchet distance of two sets of features (N, D), each taken for a Gaussian. -> float"""
-    mu_S = [(features.double().mean(0), features.double().T.cov()) for features in (features1, features2)]
-    return frechet_distance(*mu_S[0], *mu_S[1])
-
-
 # 5. Data ------------------------------------------------------------------------------------------------------
-SERVER_SECONDS = 10  # a server that says nothing for so long is given up
-
-
-def knock(url):
-    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
-    socket.setdefaulttimeout(SERVER_SECONDS)
-    # Asked in a thread, because looking up the server's name knows no time limit.
-    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
-
-
-def load_mnist(root):
-    """MNIST's training images, (60000, 1, 28, 28) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import mnist
-
-    path = Path(root) / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    if not path.exists():
-        knock(mnist.MNIST.mirrors[0] + mnist.MNIST.resources[0][0])
-        mnist.MNIST(root, download=True)
-    try:
-        return mnist.read_image_file(path).unsqueeze(1)
-    except Exception:
-        fail(f"{path} is damaged: delete it, and the next run downloads it again")
-
-
-def load_cifar10(root):
-    """CIFAR-10's training images, (50000, 3, 32, 32) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import CIFAR10
-
-    folder = Path(root) / CIFAR10.base_folder
-    if not folder.exists():
-        knock(CIFAR10.url)
-        CIFAR10(root, download=True)
-    try:
-        return torch.from_numpy(CIFAR10(root).data).permute(0, 3, 1, 2)
-    except Exception:
-        fail(f"{folder} is damaged: delete it, and the next run downloads it again")
-
-
-def load_small_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged: (1797, 1, 28, 28) uint8."""
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images).unsqueeze(1) / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte()
-
-
-def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
-    from sklearn.datasets import load_sample_images
-
-    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
-    small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
-    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 73, 32, 32)
-    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
-
-
-def load_strokes():
-    """What --smoke learns: the 28 diagonals, (28, 1, 28, 28) uint8."""
-    return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte()
-
-
-# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
-DATA = {
-    "mnist": load_mnist,
-    "digits": lambda root: load_small_digits(),
-    "cifar10": load_cifar10,
-    "photos": lambda root: load_photos(),
-    "strokes": lambda root: load_strokes(),
-}
-STAND_IN = "scikit-learn's 1,797 digits of 8x8 pixels"
-
-
 def load_images(data, root):
-    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
-    first, second = list(DATA)[:2]
-    name = first if data == "auto" else data
-    try:
-        return DATA[name](root), name
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if data != "auto":
-        fail(f"--data {data}: the images cannot be downloaded ({reason})")
-    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
-    return DATA[second](root), second
-
-
-def load_labels(data, root):
-    """The class of each image of load_images, (N,) int64. data: what load_images said."""
+    """The training images (N, 1, 28, 28) uint8, and what they are: mnist, or digits in its place."""
     if data == "mnist":
-        from torchvision.datasets.mnist import read_label_file as read
-
-        path = Path(root) / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    elif data == "cifar10":
-        from torchvision.datasets import CIFAR10
-
-        path, read = root, lambda root: torch.tensor(CIFAR10(root).targets)
-    elif data == "digits":
-        from sklearn.datasets import load_digits
-
-        return torch.from_numpy(load_digits().target)
-    else:  # two photographs; strokes to the left and to the right
-        n = len(load_images(data, root)[0])
-        return torch.arange(n) * 2 // n
-    try:
-        return read(path)
-    except Exception:
-        fail(f"{path} is damaged or not there: delete the folder, and the next run downloads it again")
-
-
-def batches(images, batch_size, seed):
-    """Endless batches x_0 (B, C, H, W) in [-1, 1]. Epoch after epoch shows each image once, in an order drawn anew."""
-    generator = torch.Generator().manual_seed(seed)
-    leftover = torch.tensor([], dtype=torch.long, device=images.device)
-    while True:
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        *full, leftover = torch.cat([leftover, order]).split(batch_size)  # it begins the next epoch's first batch
-        for index in full:
-            yield images[index].float() / 127.5 - 1
+        try:
+            socket.setdefaulttimeout(10)  # seconds
+            return MNIST(root, download=True).data[:, None], "mnist"
+        except Exception as error:
+            if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
+                fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
+            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
+    images = torch.from_numpy(load_digits().images)[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
+    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
+    return (255 * images).round().byte(), "digits"
 
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
-    bf16 = False
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+@torch.no_grad()
 def update_ema(ema, model, step):
     """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-
-def make_optimizer(model, lr, steps):
-    """AdamW, and its learning rate: up to lr over the first 30th of the steps, then in a straight line down to 0."""
-    # Averages over 20 squared gradients (0.95), not 1000 (0.999): in a run of 1000s of steps they are out of date.
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), steps - i) / steps)
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def train(diffusion, model, images, args):
-    """Algorithm 1 -> the EMA of the model, the loss of each step. Ctrl-C ends it and keeps what was learned."""
+    """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, schedule = make_optimizer(model, args.lr, args.steps)
-    losses, done = torch.zeros(args.steps, device=images.device), 0  # on the device: .item() would make each step wait
-    stream = islice(batches(images, args.batch_size, args.seed), args.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999: for long runs
+    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
+    losses = []  # tensors: .item() would make every step wait for the device
     try:
-        for x0 in (bar := tqdm(stream, "training", args.steps)):
+        for step in (bar := tqdm(range(args.steps), "training")):
+            index = torch.randint(len(images), (args.batch_size,), device=images.device)
+            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
             with autocast(images.device):
                 loss = diffusion.loss(model, x0)
             optimizer.zero_grad()
@@ -462,322 +257,153 @@ def train(diffusion, model, images, args):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            update_ema(ema, model, done)
-            losses[done] = loss.detach()
-            done += 1
-            if done % 50 == 0:
-                show_loss(bar, losses[:done])
+            update_ema(ema, model, step)
+            losses.append(loss.detach())
+            if len(losses) % 50 == 0 or len(losses) == args.steps:
+                mean = torch.stack(losses[-50:]).mean().item()
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if not math.isfinite(mean):
+                    bar.close()
+                    fail(f"the loss is {mean} after {step + 1} steps: is the learning rate too high? Try a lower --lr")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    show_loss(bar, losses[:done])
-    return ema, losses[:done].cpu()
+        print(f"\nStopped after {len(losses)} steps: the samples show what was learned by then.")
+    return ema, torch.stack(losses).cpu() if losses else torch.full((1,), math.nan)
+
+@torch.no_grad()
+def loss_by_t(diffusion, model, images, n=2000):
+    """L_simple in 20 equal bands of t: (20,). Every call takes the same n images, t and noise."""
+    index = torch.arange(n, device=images.device)
+    x0 = images[index % len(images)].float() / 127.5 - 1
+    t = 1 + index * diffusion.T // n  # evenly over 1..T
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+    xt = diffusion.q_sample(x0, t, eps)
+    eps_hat = torch.cat([model(*part) for part in zip(xt.split(250), t.split(250), strict=True)])
+    return (eps_hat - eps).square().view(20, -1).mean(1)
 
 
-def show_loss(bar, losses):
-    """Show the mean of the last 50 losses; end the run if it is no number any more."""
-    if len(losses) == 0:
-        fail("stopped before the first step was done")
-    mean = losses[-50:].mean().item()
-    if not math.isfinite(mean):
-        bar.close()
-        fail(f"the loss is {mean} after {len(losses)} steps: is the learning rate too high? Try a lower --lr")
-    bar.set_postfix(loss=f"{mean:.4f}")
-
-
-def train_classifier(images, labels, device, steps):
-    """A Classifier for images (N, C, H, W) uint8 with labels (N,), trained for that many steps of 128."""
-    classifier = Classifier(images.shape[1], int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
-    optimizer, schedule = make_optimizer(classifier, 2e-3, steps)
-    for _ in tqdm(range(steps), "training the classifier"):
-        index = torch.randint(len(images), (128,))
-        with autocast(device):
-            logits = classifier(images[index].to(device).float() / 127.5 - 1)
-            loss = F.cross_entropy(logits, labels[index].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval().requires_grad_(False)
-
-
-def features_of(classifier, images):
-    """The features (N, 64) of images (N, C, H, W): uint8, or in [-1, 1] and then rounded to 8 bits as in a file."""
-    if images.dtype != torch.uint8:
-        images = (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
-    device = next(classifier.parameters()).device
-    with torch.autocast(device.type, enabled=False):  # in fp32, wherever the samples come from
-        parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
-    return torch.cat(parts).double()
-
-
-# 7. Files and command line ------------------------------------------------------------------------------------
-# What a flag that is left out means; what the network is, and how long it trains, depends on the device.
-SETTINGS = dict(seed=0, T=1000, data="auto", skip_last=0.2, classifier_steps=600, probes=2000)
-GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, S=1000, samples=1000)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=1200, batch_size=32, lr=1.5e-3, S=100, samples=256)
-SMOKE = dict(
-    network=dict(widths=[8, 16], blocks=1),
-    steps=3, batch_size=4, T=10, S=10, samples=8, data="strokes", classifier_steps=3, probes=40,
-)
-CPU_MINUTES = 8  # of the default run on two cores
-FLAGS = {  # besides those of every script
-    "--skip-last": dict(type=float, help=f"the part of 1..T that skipped.png leaves out ({SETTINGS['skip_last']})"),
-    "--samples": dict(type=int, help=f"images to be scored (default: {GPU['samples']}, else {CPU['samples']})"),
-}
+# 7. Run -------------------------------------------------------------------------------------------------------
+GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, S=1000)
+CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=1200, batch_size=32, lr=1.5e-3, S=100)
+SMOKE = dict(network=dict(channels=1, widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=8, data="digits")
+SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "S", "skip_last"]  # what a model.pt remembers
+SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta}
+LINES = {"linear": dict(color="#0072B2", label="linear"), "cosine": dict(color="#D55E00", ls="--", label="cosine")}
 
 
 def fail(message):
     """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def write(path, save):
-    """save(a temporary path), then rename it: under `path` stands a whole file, the old or the new."""
-    temporary = path.with_stem(f"{path.stem}.part")
-    save(temporary)
-    os.replace(temporary, path)
-    tqdm.write(f"wrote {path}")  # where a progress bar runs, above it
-
-
-def write_grid(path, images, columns):
-    """Write images (N, C, H, W) in [-1, 1] as a grid at twice their size."""
-    from torchvision.utils import save_image
-
-    large = F.interpolate(images.float(), scale_factor=2)
-    write(path, lambda temporary: save_image(large, temporary, nrow=columns, normalize=True, value_range=(-1, 1)))
-
-
-def write_labelled(path, blocks, labels):
-    """Write {title: images (rows, columns, C, H, W) in [-1, 1]} side by side, with a label for each row."""
-    from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
-
-    columns = sum(images.shape[1] for images in blocks.values())
-    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
-    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        images = (images.float().clamp(-1, 1) + 1) / 2
-        grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)
-        axes.imshow(grid.permute(1, 2, 0))
-        height = images.shape[3] + 2  # with the white line around
-        axes.set(title=title, xticks=[], yticks=[(row + 0.5) * height for row in range(len(labels))])
-        axes.set_yticklabels(labels)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-    write(path, figure.savefig)
-
-
-def two_curves(axes, curves, **labels):
-    """Draw both schedules' (x, y) into axes: told apart by the dashes as well as by the colour."""
-    for (name, (x, y)), color, style in zip(curves.items(), ("#0072B2", "#D55E00"), ("-", "--"), strict=True):
-        axes.plot(x, y, style, color=color, linewidth=2, label=name)
-    axes.set(**labels)
-    axes.grid(alpha=0.3)
-
-
-def write_schedules(path, diffusions):
-    """Plot beta, alpha_bar and log-SNR over t."""
-    from matplotlib.figure import Figure
-
-    left, middle, right = Figure(figsize=(9, 3), layout="constrained").subplots(1, 3)
-    t = torch.arange(1, next(iter(diffusions.values())).T + 1)
-    two_curves(left, {k: (t, d.beta[1:].cpu()) for k, d in diffusions.items()}, xlabel="t", title=r"$\beta_t$")
-    left.set_yscale("log")
-    alpha_bar = {name: (t, diffusion.alpha_bar[1:].cpu()) for name, diffusion in diffusions.items()}
-    two_curves(middle, alpha_bar, xlabel="t", title=r"$\bar\alpha_t$")
-    snr = {name: (t, log_snr(y)) for name, (t, y) in alpha_bar.items()}
-    two_curves(right, snr, xlabel="t", title=r"log-SNR: $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$")
-    middle.legend()
-    write(path, left.figure.savefig)
-
-
-def write_forward(path, diffusions, image):
-    """Show the image (C, H, W) uint8 at t = 0, T/8, ..., T: a row for each schedule, the same noise everywhere."""
-    from matplotlib.figure import Figure
-
-    x0, T = image[None].float() / 127.5 - 1, next(iter(diffusions.values())).T
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    axes = Figure(figsize=(9, 2.9), layout="constrained").subplots(2, 9)
-    for row, (name, diffusion) in zip(axes, diffusions.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=12)
-        for place, t in zip(row, [round(T * k / 8) for k in range(9)], strict=True):
-            device = diffusion.beta.device
-            xt = diffusion.q_sample(x0.to(device), t, eps.to(device)).cpu()[0].clamp(-1, 1)
-            place.imshow((xt.permute(1, 2, 0) + 1) / 2, cmap="gray", vmin=0, vmax=1)
-            place.set(xticks=[], yticks=[], title=f"t = {t}" if name == "linear" else "")
-            place.set_xlabel(rf"$\bar\alpha_t$ = {diffusion.alpha_bar[t].item():.2g}")
-    write(path, axes[0, 0].figure.savefig)
-
-
-def write_loss_by_t(path, diffusions, losses):
-    """Plot the loss in bands of t over t, and over the log-SNR: there the schedule hardly matters any more."""
-    from matplotlib.figure import Figure
-
-    left, right = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2, sharey=True)
-    over_t, over_snr = {}, {}
-    for name, diffusion in diffusions.items():
-        bands, T = len(losses[name]), diffusion.T
-        t = (1 + (torch.arange(bands) + 0.5) * T / bands).long()  # the middle of each band
-        over_t[name] = t, losses[name]
-        over_snr[name] = log_snr(diffusion.alpha_bar[t].cpu()), losses[name]
-    two_curves(left, over_t, xlabel="t", ylabel=r"$L_{simple}$", yscale="log")
-    two_curves(right, over_snr, xlabel="log-SNR (left: noise; right: the image)")
-    left.legend()
-    write(path, left.figure.savefig)
-
-
-def find_device(name):
-    """The torch.device of that name, or without one the best there is."""
-    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        torch.ones(1, device=device).item()  # fails where there is no such device
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
-
-
-def load_networks(path):
-    """The settings and the two EMA networks of a model.pt that this script wrote."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-        emas = nn.ModuleDict({name: UNet(**settings["network"]) for name in SCHEDULES})
-        emas.load_state_dict(checkpoint["ema"])
-        return settings, emas.eval().requires_grad_(False)
-    except Exception as error:
-        fail(f"--load {path}: no model.pt of this script ({type(error).__name__})")
-
-
-def parse_arguments(argv):
-    """The command line; a flag that was left out is None."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
-    flag = parser.add_argument
-    flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
-    flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
-    flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
-    flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
-    flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
-    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--load", help="a model.pt: no training, samples with the settings of its run")
-    flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    for name, options in FLAGS.items():
-        flag(name, **options)
-    args = parser.parse_args(argv)
-    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
-    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
-    return args
-
-
-def fill_defaults(args, device, loaded):
-    """Give the flags that were left out their values: those of the loaded run, or what suits the device."""
-    trains = [name for name in ("steps", "batch_size", "lr", "data", "T") if getattr(args, name) is not None]
-    if args.load and trains:
-        fail(f"--{trains[0].replace('_', '-')} is for training, and --load does not train")
-    defaults = {**SETTINGS, **(GPU if device.type == "cuda" else CPU), **(SMOKE if args.smoke else {}), **loaded}
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, None) is None})
-    for name in ("steps", "batch_size", "lr", "T", "samples"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(args, name)}")
-    if abs(args.seed) >= 2**63:
-        fail(f"--seed must be a number of 64 bits, not {args.seed}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-
-
-def settings_of(args):
-    """What the files of a run remember of it."""
-    return {name: getattr(args, name) for name in (*SETTINGS, *CPU, "device")}
-
-
-def train_both(diffusions, images, args):
-    """Train a network under each schedule -> models, EMAs ({name: UNet} both). They differ in nothing else."""
-    models, emas = nn.ModuleDict(), nn.ModuleDict()
-    for name, diffusion in diffusions.items():
-        print(f"The {name} schedule:")
-        torch.manual_seed(args.seed)  # the same weights; then, in train, the same batches, t and eps
-        models[name] = UNet(**args.network).to(images.device, memory_format=torch.channels_last)
-        emas[name], losses = train(diffusion, models[name], images, args)
-        if len(losses) < args.steps:
-            print("No fair comparison: where Ctrl-C ends a run, its learning rate is still high.")
-        args.steps = len(losses)  # so that after a Ctrl-C the other has no more steps
-    return models, emas
-
-
-def compare(diffusions, emas, images, held_out, labels, args):
-    """Write the pictures that the two networks make; -> {schedule: {column of the table: number}}."""
-    device, shape = next(emas.parameters()).device, (args.samples, *images.shape[1:])
-    torch.manual_seed(args.seed)
-    classifier = train_classifier(images, labels, device, args.classifier_steps)
-    real = features_of(classifier, held_out)
-    floor = fid(features_of(classifier, images[: args.samples]), real)
-    table, losses, rows = {}, {}, {}
-    for name, ema in emas.items():
-        with autocast(device):
-            losses[name] = loss_by_t(diffusions[name], ema, held_out, args.probes)
-            beta, S = SCHEDULES[name](args.T), min(args.S, args.T)
-            full, short = (sample_with(ema, beta, S, skip, shape, device, args.seed) for skip in (0, args.skip_last))
-        write_grid(args.out / f"samples_{name}.png", full[:64].cpu(), min(8, args.samples))
-        rows[name], rows[f"{name}, from {1 - args.skip_last:.2g} T"] = full[:8].cpu(), short[:8].cpu()
-        distances = (fid(features_of(classifier, samples), real) for samples in (full, short))
-        table[name] = dict(zip(("loss", "FD", "FD skipped"), (losses[name].mean().item(), *distances), strict=True))
-    write_labelled(args.out / "skipped.png", {"": torch.stack(list(rows.values()))}, list(rows))
-    write_loss_by_t(args.out / "loss_by_t.png", diffusions, losses)
-    return table | {"real images": {"FD": floor}}
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
-    device = find_device(args.device)
-    args.device = device.type
-    loaded, emas = load_networks(args.load) if args.load else ({}, None)
-    fill_defaults(args, device, loaded)
-    if args.samples < 8:
-        fail(f"--samples must be 8 or more, not {args.samples}")
-    if not 0 <= args.skip_last < 1:
-        fail(f"--skip-last must be a number from 0 to below 1, not {args.skip_last}")
-    hardware = f"{device}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    metrics = {"settings": vars(args), "hardware": hardware, "torch": torch.__version__, "seconds": {}}
+    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, flag = fail, parser.add_argument
+    flag("--steps", type=int, help="training steps of each network (6000 with CUDA, else 1200)")
+    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
+    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
+    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
+    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
+    flag("--data-root", default="data", help="folder of MNIST (data)")
+    flag("--seed", type=int, default=0, help="of all random numbers (0)")
+    flag("--samples", type=int, default=256, help="images to draw, with and without the last part (256)")
+    flag("--skip-last", type=float, default=0.2, help="the part of 1..T that is left out (0.2)")
+    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
+    flag("--out", type=Path, help="folder for the files (runs/cosine_schedule; with --load or --smoke a folder in it)")
+    flag("--load", help="a folder with model_linear.pt and model_cosine.pt: draw from them, without training")
+    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
+    args = parser.parse_args(argv)
+    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
+    saved = {}
+    for name in SCHEDULES if args.load else ():
+        try:
+            saved[name] = torch.load(Path(args.load, f"model_{name}.pt"), map_location="cpu", weights_only=True)
+            defaults |= saved[name]["settings"] | {"network": saved[name]["network"] | {"channels": 1}}
+            UNet(**defaults["network"]).load_state_dict(saved[name]["ema"])
+            if defaults.pop("schedule") != name:
+                raise ValueError
+        except Exception as error:
+            fail(f"--load {args.load}: model_{name}.pt is none of this script ({type(error).__name__})")
+    parser.set_defaults(out=Path("runs/cosine_schedule", "loaded" if args.load else "smoke" if args.smoke else ""))
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
+        if not least <= getattr(args, name) <= 10**7:
+            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
+    args.S = min(args.S, args.T)
+    if not (0 <= args.skip_last <= 1 and round(args.S * (1 - args.skip_last)) > 0):
+        fail(f"--skip-last must be 0 or more, and leave some of the {args.S} sampling steps, not {args.skip_last}")
+    try:
+        args.device = torch.ones(1, device=args.device).device
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "samples_linear.png").open("ab").close()  # can it be written to?
+    except (OSError, RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
+
+    # The schedules: their tables, and one image under each
     images, args.data = load_images(args.data, args.data_root)
-    labels = load_labels(args.data, args.data_root)
-    n = len(images) // 6
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, images, labels = images[order[:n]], images[order[n:]], labels[order[n:]]  # n images to judge by
-    if args.batch_size > len(images):
-        fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")
-    diffusions = {name: Diffusion(beta(args.T), device) for name, beta in SCHEDULES.items()}
-    write_schedules(args.out / "schedules.png", diffusions)
-    write_forward(args.out / "forward.png", diffusions, held_out[0])
-    if not args.load:
-        args.network = {"channels": images.shape[1], **args.network}
-        if device.type != "cuda" and not args.smoke:
-            print(f"The small network for CPUs: about {CPU_MINUTES} minutes in all on two cores with bf16.")
-        start = time.perf_counter()
-        models, emas = train_both(diffusions, images.to(device), args)
-        metrics["seconds"]["training"] = time.perf_counter() - start
-        metrics["steps_done"] = args.steps
-        state = {"settings": settings_of(args), "model": models.state_dict(), "ema": emas.state_dict()}
-        write(args.out / "model.pt", lambda temporary: torch.save(state, temporary))
-    start = time.perf_counter()
-    emas = emas.to(device, memory_format=torch.channels_last)
-    metrics["table"] = compare(diffusions, emas, images, held_out, labels, args)
-    metrics["seconds"]["comparing"] = time.perf_counter() - start
-    for name, row in metrics["table"].items():
-        print(f"{name:12}", *(f"   {column} {value:.4g}" for column, value in row.items()))
-    write(args.out / "metrics.json", lambda temporary: temporary.write_text(json.dumps(metrics, default=str, indent=2)))
+    torch.manual_seed(0)  # whatever the seed, no network is judged by images that it was trained on
+    images = images[torch.randperm(len(images))].to(args.device)
+    held_out, images = images[: len(images) // 6], images[len(images) // 6 :]
+    x0, eps = held_out[:1] / 127.5 - 1, torch.randn(1, 1, 28, 28, device=args.device)
+    diffusions = {name: Diffusion(beta(args.T), args.device) for name, beta in SCHEDULES.items()}
+    panels = Figure(figsize=(9, 3), layout="constrained").subplots(1, 3)
+    places = Figure(figsize=(9, 2.9), layout="constrained").subplots(2, 9)
+    titles = r"$\beta_t$", r"$\bar\alpha_t$", r"log-SNR: $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$"
+    for row, (name, diffusion) in zip(places, diffusions.items(), strict=True):
+        tables = [table[1:].cpu() for table in (diffusion.beta, diffusion.alpha_bar, diffusion.alpha_bar.logit())]
+        for axes, table, title in zip(panels, tables, titles, strict=True):
+            axes.plot(range(1, args.T + 1), table, **LINES[name])
+            axes.set(title=title, xlabel="t", yscale="log" if axes is panels[0] else "linear")
+        for axes, t in zip(row, torch.linspace(0, args.T, 9).round().int().tolist(), strict=True):
+            axes.imshow(diffusion.q_sample(x0, t, eps)[0, 0].cpu(), cmap="gray", vmin=-1, vmax=1)
+            axes.set(xticks=[], yticks=[], title=f"t = {t}" if name == "linear" else "")
+            axes.set_xlabel(rf"$\bar\alpha_t$ = {diffusion.alpha_bar[t].item():.2g}")
+        row[0].set_ylabel(name, fontsize=12)
+    panels[1].legend()
+    panels[0].figure.savefig(args.out / "schedules.png")
+    places[0, 0].figure.savefig(args.out / "forward.png")
+
+    # Under each of them: training, or loading; the loss over t; samples
+    over_t, over_snr = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2, sharey=True)
+    rows, report, start, shape = {}, "", time.perf_counter(), (args.samples, 1, 28, 28)
+    for name, diffusion in diffusions.items():
+        torch.manual_seed(args.seed)  # the same initial weights, and in training the same images, t and noise
+        network = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
+        if args.load:
+            network.load_state_dict(saved[name]["ema"])
+        else:
+            print(f"The {name} schedule: {len(images):,} images of {args.data}")
+            network, losses = train(diffusion, network, images, args)  # the EMA of it
+            args.steps = len(losses)  # after Ctrl-C the second network has no more steps than the first
+            settings = {key: getattr(args, key) for key in SETTINGS} | {"schedule": name}
+            state = dict(network=args.network, ema=network.state_dict(), settings=settings)
+            torch.save(state, args.out / f"model_{name}.pt")
+        with autocast(args.device):
+            loss = loss_by_t(diffusion, network, held_out).cpu()
+        report += f"{name}: {args.steps} steps, loss {loss.mean():.4f}; "
+        middle = (1 + (torch.arange(20) + 0.5) * args.T / 20).long()  # of each band
+        over_t.plot(middle, loss, **LINES[name])
+        over_snr.plot(diffusion.alpha_bar.cpu()[middle].logit(), loss, **LINES[name])
+        for kind, skip in dict(samples=0, skipped=args.skip_last).items():
+            torch.manual_seed(args.seed)  # the same x_T and z for both networks
+            with autocast(args.device):
+                x0 = sample_respaced(network, SCHEDULES[name](args.T), args.S, skip, shape, args.device)
+            samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
+            np.savez(args.out / f"{kind}_{name}.npz", samples.permute(0, 2, 3, 1).numpy())
+            save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / f"{kind}_{name}.png")
+            first_t = round(args.T * round(args.S * (1 - skip)) / args.S)
+            rows[f"{name}, from t = {first_t}"] = make_grid(samples[:8] / 255, pad_value=1)
+    over_t.set(xlabel="t", ylabel="$L_{simple}$ of held-out images", yscale="log")
+    over_snr.set(xlabel="log-SNR (left: noise; right: the image)")
+    over_t.legend()
+    over_t.figure.savefig(args.out / "loss_by_t.png")
+    axes = Figure(figsize=(6, 2.6), layout="constrained").subplots()
+    axes.imshow(torch.cat(list(rows.values()), dim=1).permute(1, 2, 0))
+    axes.set(xticks=[], yticks=[16 + 32 * k for k in range(len(rows))], yticklabels=list(rows))
+    axes.figure.savefig(args.out / "skipped.png")
+    print(f"{report}4 x {args.samples} samples; {time.perf_counter() - start:.0f} s: {args.out}")
 
 
 if __name__ == "__main__":

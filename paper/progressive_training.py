@@ -2,59 +2,36 @@
 
 A training tip of the lesson: the same network sees images of 8x8, then 16x16, then 32x32 pixels, and its weights carry
 over (nothing in a UNet depends on the size). A small step costs a fraction of a large one. Here the tip is put to the
-test: against training at full size alone, in the same time, at three lengths of time, each run from scratch.
+test, against training at full size alone in the same time, for a quarter, a half and all of --steps at full size.
 
-    python paper/progressive_training.py
+    python paper/progressive_training.py                                    # train, then draw: ten minutes on two cores
+    python paper/progressive_training.py --load runs/progressive_training   # draw only, with the networks in there
 
-writes to runs/progressive_training/
-    race.png            loss at full size and Fréchet distance over the seconds of training, both ways
-    stages.png          what the network draws at the end of each stage
-    samples_plain.png, samples_progressive.png
-    metrics.json        the table that is printed, and model.pt with both networks of the longest runs
-
-MNIST is framed to 32x32. The time is shared out as 1/6, 1/3 and 1/2 for the three sizes; each stage has an optimizer,
-a warm-up, a fall of the learning rate and an EMA of its own.
-
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16), where a step on 32 images takes 0.032, 0.063 and 0.159 s at
-8x8, 16x16 and 32x32; all in 527 s. FD, the Fréchet distance to 10,000 real images on the features of a small
-classifier, of 128 samples by 50 steps with eta = 1; 128 other real images are at 7.0. One run each:
-
-    seconds   plain: steps   loss     FD     progressive: steps at 8, 16, 32   loss     FD
-    35, 29         200       0.0332   201           167 + 170 + 100            0.0282   169
-    59, 61         400       0.0252    92           334 + 339 + 200            0.0244   103
-    116, 116       800       0.0217    56           668 + 679 + 400            0.0218    69
-
-Starting small pays only while the network knows next to nothing: in the first half minute. After two minutes the losses
-are equal and the samples of plain training better: what is fine in a digit is learned at full size alone.
-
-Left out: networks that grow with the images, and noise schedules that suit each size.
+Writes to runs/progressive_training/: race.png (loss over seconds), stages.png (samples after each stage), and of the
+longest run each way model_plain.pt, samples_plain.png and .npz (for paper/fid_is.py). The data are MNIST, framed to
+32x32 and downloaded to data/, or else scikit-learn's small digits. Left out: networks that grow with the images.
 """
 import argparse
 import copy
-import http.client
-import json
 import math
-import os
 import socket
 import sys
-import tempfile
 import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.datasets import MNIST
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-# torchvision, scikit-learn and matplotlib are imported where they are used, so that --help answers at once.
 
 # 1. Forward process -------------------------------------------------------------------------------------------
-
-
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
     return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
@@ -89,10 +66,7 @@ class Diffusion:
     # 2. Training objective --------------------------------------------------------------------------------
     def loss(self, model, x0):
         """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
-        # t ~ U{1..T}. Algorithm 1 draws each t on its own; here each of B equal slices of 1..T gives one (stratified
-        # sampling). Every t is as likely as before, and the gradient is less noisy.
-        slices = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
-        t = 1 + (self.T * slices / len(x0)).long().clamp(max=self.T - 1)
+        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
 
@@ -140,31 +114,7 @@ def ddim_timesteps(T, S, spacing="uniform"):
     return [max(i, round(T * (i / S) ** power)) for i in range(S, 0, -1)]
 
 
-def seeded_sample(diffusion, network, shape, S, seed, **options):
-    """x_0 (N, C, H, W) = shape by ddim_sample, in parts of 500. The seed decides x_T, whatever the options are."""
-    parts = []
-    for k, part in enumerate(torch.arange(shape[0]).split(500)):
-        torch.manual_seed(seed + k)  # x_T comes first, and then what noise there is: so the two never coincide
-        parts.append(diffusion.ddim_sample(network, (len(part), *shape[1:]), S, **options).cpu())
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def loss_by_t(diffusion, network, images, n):
-    """L_simple in 20 equal bands of t (fewer where T is small): (bands,). The same n images and noise at each call."""
-    device, bands = diffusion.beta.device, min(20, diffusion.T)
-    index = torch.arange(n)
-    x0 = images[index % len(images)].to(device).float() / 127.5 - 1
-    t = (1 + index * diffusion.T // n).to(device)  # evenly over 1..T
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    xt = diffusion.q_sample(x0, t, eps)
-    eps_hat = torch.cat([network(*part) for part in zip(xt.split(250), t.split(250), strict=True)])
-    return torch.stack([part.mean() for part in (eps_hat - eps).square().mean((1, 2, 3)).chunk(bands)]).cpu()
-
-
 # 4. Network -----------------------------------------------------------------------------------------------
-
-
 def time_embedding(t, d):
     """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
@@ -211,7 +161,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
+    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
     blocks: ResBlocks at each resolution, on the way down and on the way up.
     """
 
@@ -222,10 +172,10 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for c, c_below in pairwise(widths):
-            halve = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [halve]))
-            self.up.insert(0, nn.ModuleList([double] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
+            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
+            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
+            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
         self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
@@ -235,220 +185,63 @@ class UNet(nn.Module):
         e = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, halve in self.down:
+        for *blocks, downsample in self.down:
             for block in blocks:
                 h = block(h, e)
                 skips.append(h)
-            h = halve(h)
+            h = downsample(h)
         block1, attention, block2 = self.middle
         h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for double, *blocks in self.up:
-            h = double(h)
+        for upsample, *blocks in self.up:
+            h = upsample(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
         return self.last(h).to(xt.dtype)
 
-
-# The score: how far the samples are from real images, as a small classifier sees them.
-class Classifier(nn.Module):
-    """x (B, C, H, W) in [-1, 1] -> logits (B, classes). features(x), (B, 64), is what they are made of."""
-
-    def __init__(self, channels, classes):
-        super().__init__()
-        layers = []
-        for c_in, c in pairwise([channels, 32, 64, 128]):
-            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 128, 64), nn.ReLU()]
-        self.features, self.head = nn.Sequential(*layers), nn.Linear(64, classes)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-def frechet_distance(mu1, S1, mu2, S2):
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)): the distance of two Gaussians (Heusel et al. 2017). -> float
-
-    mu (D,) and S (D, D), float64. The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2): real
-    numbers whatever the rounding, where a square root of S1 S2 can turn complex.
-    """
-    roots = []
-    for S in (S1, S2):
-        values, vectors = torch.linalg.eigh(S)
-        roots.append(vectors * values.clamp(min=0).sqrt() @ vectors.T)
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return ((mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * overlap).item()
-
-
-def fid(features1, features2):
-    """The Fréchet distance of two sets of features (N, D), each taken for a Gaussian. -> float"""
-    mu_S = [(features.double().mean(0), features.double().T.cov()) for features in (features1, features2)]
-    return frechet_distance(*mu_S[0], *mu_S[1])
-
-
 # 5. Data ------------------------------------------------------------------------------------------------------
-SIZES = (8, 16, 32)  # of the images, stage after stage
-
-
-SERVER_SECONDS = 10  # a server that says nothing for so long is given up
-
-
-def knock(url):
-    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
-    socket.setdefaulttimeout(SERVER_SECONDS)
-    # Asked in a thread, because looking up the server's name knows no time limit.
-    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
-
-
-def load_mnist(root):
-    """MNIST's training images, (60000, 1, 28, 28) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import mnist
-
-    path = Path(root) / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    if not path.exists():
-        knock(mnist.MNIST.mirrors[0] + mnist.MNIST.resources[0][0])
-        mnist.MNIST(root, download=True)
-    try:
-        return mnist.read_image_file(path).unsqueeze(1)
-    except Exception:
-        fail(f"{path} is damaged: delete it, and the next run downloads it again")
-
-
-def load_cifar10(root):
-    """CIFAR-10's training images, (50000, 3, 32, 32) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import CIFAR10
-
-    folder = Path(root) / CIFAR10.base_folder
-    if not folder.exists():
-        knock(CIFAR10.url)
-        CIFAR10(root, download=True)
-    try:
-        return torch.from_numpy(CIFAR10(root).data).permute(0, 3, 1, 2)
-    except Exception:
-        fail(f"{folder} is damaged: delete it, and the next run downloads it again")
-
-
-def load_small_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged: (1797, 1, 28, 28) uint8."""
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images).unsqueeze(1) / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte()
-
-
-def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
-    from sklearn.datasets import load_sample_images
-
-    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
-    small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
-    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 73, 32, 32)
-    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
-
-
-def load_strokes():
-    """What --smoke learns: the 28 diagonals, (28, 1, 28, 28) uint8."""
-    return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte()
-
-
-# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
-DATA = {
-    "mnist": load_mnist,
-    "digits": lambda root: load_small_digits(),
-    "cifar10": load_cifar10,
-    "photos": lambda root: load_photos(),
-    "strokes": lambda root: load_strokes(),
-}
-STAND_IN = "scikit-learn's 1,797 digits of 8x8 pixels"
-
-
 def load_images(data, root):
-    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
-    first, second = list(DATA)[:2]
-    name = first if data == "auto" else data
-    try:
-        return DATA[name](root), name
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if data != "auto":
-        fail(f"--data {data}: the images cannot be downloaded ({reason})")
-    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
-    return DATA[second](root), second
-
-
-def load_labels(data, root):
-    """The class of each image of load_images, (N,) int64. data: what load_images said."""
+    """The training images (N, 1, 28, 28) uint8, and what they are: mnist, or digits in its place."""
     if data == "mnist":
-        from torchvision.datasets.mnist import read_label_file as read
-
-        path = Path(root) / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    elif data == "cifar10":
-        from torchvision.datasets import CIFAR10
-
-        path, read = root, lambda root: torch.tensor(CIFAR10(root).targets)
-    elif data == "digits":
-        from sklearn.datasets import load_digits
-
-        return torch.from_numpy(load_digits().target)
-    else:  # two photographs; strokes to the left and to the right
-        n = len(load_images(data, root)[0])
-        return torch.arange(n) * 2 // n
-    try:
-        return read(path)
-    except Exception:
-        fail(f"{path} is damaged or not there: delete the folder, and the next run downloads it again")
-
-
-def batches(images, batch_size, seed):
-    """Endless batches x_0 (B, C, H, W) in [-1, 1]. Epoch after epoch shows each image once, in an order drawn anew."""
-    generator = torch.Generator().manual_seed(seed)
-    leftover = torch.tensor([], dtype=torch.long, device=images.device)
-    while True:
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        *full, leftover = torch.cat([leftover, order]).split(batch_size)  # it begins the next epoch's first batch
-        for index in full:
-            yield images[index].float() / 127.5 - 1
-
-
-def resized(images, size):
-    """Images (N, C, 28 or 32, ...) uint8 as (N, C, size, size) uint8: framed to 32x32, and then means of squares."""
-    images = F.pad(images, [(SIZES[-1] - images.shape[3]) // 2] * 4)
-    parts = [F.avg_pool2d(part.float(), SIZES[-1] // size).round().byte() for part in images.split(5000)]
-    return torch.cat(parts)
-
+        try:
+            socket.setdefaulttimeout(10)  # seconds
+            return MNIST(root, download=True).data[:, None], "mnist"
+        except Exception as error:
+            if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
+                fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
+            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
+    images = torch.from_numpy(load_digits().images)[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
+    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
+    return (255 * images).round().byte(), "digits"
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
-    bf16 = False
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+@torch.no_grad()
 def update_ema(ema, model, step):
     """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-
-def make_optimizer(model, lr, steps):
-    """AdamW, and its learning rate: up to lr over the first 30th of the steps, then in a straight line down to 0."""
-    # Averages over 20 squared gradients (0.95), not 1000 (0.999): in a run of 1000s of steps they are out of date.
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), steps - i) / steps)
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def train(diffusion, model, images, args):
-    """Algorithm 1 -> the EMA of the model, the loss of each step. Ctrl-C ends it and keeps what was learned."""
+    """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, schedule = make_optimizer(model, args.lr, args.steps)
-    losses, done = torch.zeros(args.steps, device=images.device), 0  # on the device: .item() would make each step wait
-    stream = islice(batches(images, args.batch_size, args.seed), args.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999: for long runs
+    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
+    losses = []  # tensors: .item() would make every step wait for the device
     try:
-        for x0 in (bar := tqdm(stream, "training", args.steps)):
+        for step in (bar := tqdm(range(args.steps), "training")):
+            index = torch.randint(len(images), (args.batch_size,), device=images.device)
+            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
             with autocast(images.device):
                 loss = diffusion.loss(model, x0)
             optimizer.zero_grad()
@@ -456,330 +249,151 @@ def train(diffusion, model, images, args):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            update_ema(ema, model, done)
-            losses[done] = loss.detach()
-            done += 1
-            if done % 50 == 0:
-                show_loss(bar, losses[:done])
+            update_ema(ema, model, step)
+            losses.append(loss.detach())
+            if len(losses) % 50 == 0 or len(losses) == args.steps:
+                mean = torch.stack(losses[-50:]).mean().item()
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if not math.isfinite(mean):
+                    bar.close()
+                    fail(f"the loss is {mean} after {step + 1} steps: is the learning rate too high? Try a lower --lr")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    show_loss(bar, losses[:done])
-    return ema, losses[:done].cpu()
-
-
-def show_loss(bar, losses):
-    """Show the mean of the last 50 losses; end the run if it is no number any more."""
-    if len(losses) == 0:
-        fail("stopped before the first step was done")
-    mean = losses[-50:].mean().item()
-    if not math.isfinite(mean):
-        bar.close()
-        fail(f"the loss is {mean} after {len(losses)} steps: is the learning rate too high? Try a lower --lr")
-    bar.set_postfix(loss=f"{mean:.4f}")
-
-
-def train_classifier(images, labels, device, steps):
-    """A Classifier for images (N, C, H, W) uint8 with labels (N,), trained for that many steps of 128."""
-    classifier = Classifier(images.shape[1], int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
-    optimizer, schedule = make_optimizer(classifier, 2e-3, steps)
-    for _ in tqdm(range(steps), "training the classifier"):
-        index = torch.randint(len(images), (128,))
-        with autocast(device):
-            logits = classifier(images[index].to(device).float() / 127.5 - 1)
-            loss = F.cross_entropy(logits, labels[index].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval().requires_grad_(False)
-
-
-def features_of(classifier, images):
-    """The features (N, 64) of images (N, C, H, W): uint8, or in [-1, 1] and then rounded to 8 bits as in a file."""
-    if images.dtype != torch.uint8:
-        images = (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
-    device = next(classifier.parameters()).device
-    with torch.autocast(device.type, enabled=False):  # in fp32, wherever the samples come from
-        parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
-    return torch.cat(parts).double()
-
+        print(f"\nStopped after {len(losses)} steps: the samples show what was learned by then.")
+    return ema, torch.stack(losses).cpu() if losses else torch.full((1,), math.nan)
 
 def seconds_per_step(diffusion, images, args):
-    """How long a training step takes on these images: the fastest of five, after two to warm up."""
+    """How long a training step takes on these images: the fastest of three runs of five."""
     model = UNet(**args.network).to(images.device, memory_format=torch.channels_last)
-    optimizer, _ = make_optimizer(model, args.lr, 10)
-    stream, times = batches(images, args.batch_size, args.seed), []
-    for _ in range(7):
-        start = time.perf_counter()
-        with autocast(images.device):
-            loss = diffusion.loss(model, next(stream))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+    clock = [time.perf_counter()]
+    for _ in range(3):
+        train(diffusion, model, images, argparse.Namespace(**vars(args) | {"steps": 5}))
+        clock.append(time.perf_counter())
+    return min(end - start for start, end in pairwise(clock)) / 5
 
 
 def plan(steps, cost):
     """Stages [(size, steps)] that take as long as `steps` steps at full size. cost: {size: seconds per step}."""
-    shares = {SIZES[0]: 1 / 6, SIZES[1]: 1 / 3, SIZES[2]: 1 / 2}
-    return [(size, max(1, round(share * steps * cost[SIZES[-1]] / cost[size]))) for size, share in shares.items()]
+    shares = {8: 1 / 6, 16: 1 / 3, 32: 1 / 2}
+    return [(size, max(1, round(share * steps * cost[32] / cost[size]))) for size, share in shares.items()]
 
 
-def train_in_stages(diffusion, stages, images_of, args):
-    """One network through [(size, steps)], its weights carried over -> model, [EMA of each stage], seconds, stopped.
+def race(diffusion, images_of, held_out, cost, args):
+    """Trains both ways at three lengths -> {way: [(seconds, held-out loss)]}, {way: {size: EMA} of its last run}."""
+    points, emas = {"plain": [], "progressive": []}, {}
+    for share, way in product((0.25, 0.5, 1), points):
+        steps_at_32 = max(1, round(share * args.steps))
+        torch.manual_seed(args.seed)  # every run begins with the same weights
+        model = UNet(**args.network).to(held_out.device, memory_format=torch.channels_last)
+        emas[way], start = {}, time.perf_counter()
+        for size, steps in [(32, steps_at_32)] if way == "plain" else plan(steps_at_32, cost):
+            print(f"{way}: {steps} steps at {size}x{size}")
+            # The weights carry over. Optimizer, warm-up, fall of the learning rate and EMA begin anew.
+            stage = argparse.Namespace(**vars(args) | {"steps": steps})
+            emas[way][size], losses = train(diffusion, model, images_of[size], stage)
+            if len(losses) < steps:  # Ctrl-C: the race is over, and this run does not count
+                return points, emas
+        seconds = time.perf_counter() - start
+        torch.manual_seed(0)  # the same t and noise for every network
+        with torch.no_grad(), autocast(held_out.device):
+            loss = diffusion.loss(emas[way][32], held_out.float() / 127.5 - 1).item()
+        points[way].append((seconds, loss))
+        print(f"{way}: {seconds:.0f} s, held-out loss {loss:.4f}")
+    return points, emas
 
-    stopped: whether a Ctrl-C ended it before its last step.
-    """
-    torch.manual_seed(args.seed)
-    model = UNet(**args.network).to(images_of[SIZES[-1]].device, memory_format=torch.channels_last)
-    emas, start, stopped = [], time.perf_counter(), False
-    for size, steps in stages:
-        settings = argparse.Namespace(**{**vars(args), "steps": steps})
-        ema, losses = train(diffusion, model, images_of[size], settings)
-        emas.append(ema)
-        stopped = len(losses) < steps
-        if stopped:
-            break
-    return model, emas, time.perf_counter() - start, stopped
 
-
-# 7. Files and command line ------------------------------------------------------------------------------------
-# What a flag that is left out means; what the network is, and how long it trains, depends on the device.
-SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, probes=1000, S=50)
-GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=800, batch_size=32, lr=1.5e-3, samples=128)
-SMOKE = dict(
-    network=dict(widths=[8, 16], blocks=1),
-    steps=4, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3, probes=40, S=5,
-)
-CPU_MINUTES = 9  # of the default run on two cores
-FLAGS = {  # besides those of every script
-    "--samples": dict(type=int, help=f"images to be scored (default: {GPU['samples']}, else {CPU['samples']})"),
-}
+# 7. Run -------------------------------------------------------------------------------------------------------
+GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
+CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=800, batch_size=32, lr=1.5e-3, samples=128)
+SMOKE = dict(network=dict(channels=1, widths=[8, 16], blocks=1), steps=4, batch_size=4, T=10, samples=8, data="digits")
+SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples"]  # what a model.pt remembers
 
 
 def fail(message):
     """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def write(path, save):
-    """save(a temporary path), then rename it: under `path` stands a whole file, the old or the new."""
-    temporary = path.with_stem(f"{path.stem}.part")
-    save(temporary)
-    os.replace(temporary, path)
-    tqdm.write(f"wrote {path}")  # where a progress bar runs, above it
-
-
-def write_grid(path, images, columns):
-    """Write images (N, C, H, W) in [-1, 1] as a grid at twice their size."""
-    from torchvision.utils import save_image
-
-    large = F.interpolate(images.float(), scale_factor=2)
-    write(path, lambda temporary: save_image(large, temporary, nrow=columns, normalize=True, value_range=(-1, 1)))
-
-
-def write_labelled(path, blocks, labels):
-    """Write {title: images (rows, columns, C, H, W) in [-1, 1]} side by side, with a label for each row."""
-    from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
-
-    columns = sum(images.shape[1] for images in blocks.values())
-    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
-    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        images = (images.float().clamp(-1, 1) + 1) / 2
-        grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)
-        axes.imshow(grid.permute(1, 2, 0))
-        height = images.shape[3] + 2  # with the white line around
-        axes.set(title=title, xticks=[], yticks=[(row + 0.5) * height for row in range(len(labels))])
-        axes.set_yticklabels(labels)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-    write(path, figure.savefig)
-
-
-def write_race(path, table):
-    """Plot loss and Fréchet distance over the seconds of training, a curve for each way, a point for each run."""
-    from matplotlib.figure import Figure
-
-    panels = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2)
-    labels = r"$L_{simple}$ at full size", "Fréchet distance"
-    for axes, key, label in zip(panels, ("loss", "FD"), labels, strict=True):
-        for name, color, style in (("plain", "#0072B2", "o-"), ("progressive", "#D55E00", "s--")):
-            rows = [row for row in table if row["way"] == name]
-            axes.plot([row["seconds"] for row in rows], [row[key] for row in rows], style, color=color, label=name)
-        axes.set(xlabel="seconds of training", ylabel=label)
-        axes.grid(alpha=0.3)
-    panels[0].legend()
-    write(path, panels[0].figure.savefig)
-
-
-def find_device(name):
-    """The torch.device of that name, or without one the best there is."""
-    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        torch.ones(1, device=device).item()  # fails where there is no such device
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
-
-
-def load_ways(path):
-    """The settings and the two EMA networks of a model.pt that this script wrote."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-        names = {key.split(".")[0] for key in checkpoint["ema"]}  # after a Ctrl-C it may be one
-        emas = nn.ModuleDict({name: UNet(**settings["network"]) for name in sorted(names)})
-        emas.load_state_dict(checkpoint["ema"])
-        return settings, emas.eval().requires_grad_(False)
-    except Exception as error:
-        fail(f"--load {path}: no model.pt of this script ({type(error).__name__})")
-
-
-def parse_arguments(argv):
-    """The command line; a flag that was left out is None."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
-    flag = parser.add_argument
-    flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
-    flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
-    flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
-    flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
-    flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
-    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--load", help="a model.pt: no training, samples with the settings of its run")
-    flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    for name, options in FLAGS.items():
-        flag(name, **options)
-    args = parser.parse_args(argv)
-    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
-    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
-    return args
-
-
-def fill_defaults(args, device, loaded):
-    """Give the flags that were left out their values: those of the loaded run, or what suits the device."""
-    trains = [name for name in ("steps", "batch_size", "lr", "data", "T") if getattr(args, name) is not None]
-    if args.load and trains:
-        fail(f"--{trains[0].replace('_', '-')} is for training, and --load does not train")
-    defaults = {**SETTINGS, **(GPU if device.type == "cuda" else CPU), **(SMOKE if args.smoke else {}), **loaded}
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, None) is None})
-    for name in ("steps", "batch_size", "lr", "T", "samples"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(args, name)}")
-    if abs(args.seed) >= 2**63:
-        fail(f"--seed must be a number of 64 bits, not {args.seed}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-
-
-def settings_of(args):
-    """What the files of a run remember of it."""
-    return {name: getattr(args, name) for name in (*SETTINGS, *CPU, "device")}
-
-
-def sample_size(diffusion, ema, size, n, args):
-    """n samples (n, C, size, size) in S steps with eta = 1."""
-    with autocast(diffusion.beta.device):
-        shape = (n, args.network["channels"], size, size)
-        return seeded_sample(diffusion, ema, shape, min(args.S, args.T), args.seed, eta=1)
-
-
-def race(diffusion, images_of, judge, args):
-    """Train both ways for a quarter, a half and all of the time -> models, EMAs of the longest runs; rows; stages.
-
-    stages: [(size, EMA)] of the last progressive run.
-    """
-    cost = dict.fromkeys(SIZES, 1.0)
-    if not args.smoke:  # there the plan must not depend on the clock
-        cost = {size: seconds_per_step(diffusion, images_of[size], args) for size in SIZES}
-        print("seconds per step:", ", ".join(f"{size}x{size} {cost[size]:.3f}" for size in SIZES))
-    models, emas, table = nn.ModuleDict(), nn.ModuleDict(), []
-    for share, name in product((0.25, 0.5, 1.0), ("plain", "progressive")):
-        steps = max(1, round(share * args.steps))
-        stages = [(SIZES[-1], steps)] if name == "plain" else plan(steps, cost)
-        models[name], of_stages, seconds, stopped = train_in_stages(diffusion, stages, images_of, args)
-        emas[name] = of_stages[-1]
-        last = [(size, ema) for (size, _), ema in zip(stages, of_stages, strict=False)]
-        table.append(dict(way=name, stages=stages, seconds=seconds, **judge(emas[name])))
-        told = ", ".join(f"{steps} of {size}x{size}" for size, steps in stages)
-        row = table[-1]
-        print(f"{name:12} {row['seconds']:6.1f} s   loss {row['loss']:.4f}   FD {row['FD']:6.2f}   steps: {told}")
-        if stopped:
-            print("The race was stopped: its last run says nothing.")
-            break
-    return models, emas, table, last
-
-
-def show(diffusion, emas, args):
-    """Write samples_plain.png and samples_progressive.png."""
-    for name, ema in emas.items():
-        samples = sample_size(diffusion, ema, SIZES[-1], args.samples, args)
-        write_grid(args.out / f"samples_{name}.png", samples[:64], 8)
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
-    device = find_device(args.device)
-    args.device = device.type
-    loaded, emas = load_ways(args.load) if args.load else ({}, None)
-    fill_defaults(args, device, loaded)
-    if args.samples < 8:
-        fail(f"--samples must be 8 or more, not {args.samples}")
-    hardware = f"{device}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    metrics = {"settings": vars(args), "hardware": hardware, "torch": torch.__version__, "seconds": {}}
-    diffusion = Diffusion(linear_beta(args.T), device)
+    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, flag = fail, parser.add_argument
+    flag("--steps", type=int, help="steps of the longest run at full size (6000 with CUDA, else 800)")
+    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
+    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
+    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
+    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
+    flag("--data-root", default="data", help="folder of MNIST (data)")
+    flag("--seed", type=int, default=0, help="of all random numbers (0)")
+    flag("--samples", type=int, help="images to draw with each network (2000 with CUDA, else 128)")
+    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
+    flag("--out", type=Path, help="folder for the files (runs/progressive_training; with --load or --smoke one in it)")
+    flag("--load", help="a folder with model_plain.pt and model_progressive.pt: draw from them, without training")
+    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
+    args = parser.parse_args(argv)
+    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
+    networks = {}
+    for way in ("plain", "progressive") if args.load else ():
+        try:
+            saved = torch.load(Path(args.load, f"model_{way}.pt"), map_location="cpu", weights_only=True)
+            defaults |= saved["settings"] | {"network": saved["network"] | {"channels": 1}}
+            networks[way] = UNet(**defaults["network"])
+            networks[way].load_state_dict(saved["ema"])
+        except Exception as error:
+            fail(f"--load {args.load}: model_{way}.pt is none of this script ({type(error).__name__})")
+    parser.set_defaults(out=Path("runs/progressive_training", "loaded" if args.load else "smoke" if args.smoke else ""))
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
+        if not least <= getattr(args, name) <= 10**7:
+            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
+    try:
+        args.device = torch.ones(1, device=args.device).device
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "samples_plain.png").open("ab").close()  # can it be written to?
+    except (OSError, RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
+    diffusion, start = Diffusion(linear_beta(args.T), args.device), time.perf_counter()
+
+    def draw(network, n, size):
+        """n images (n, 1, size, size) uint8. The same noise at each call."""
+        torch.manual_seed(args.seed)
+        with autocast(args.device):
+            x0 = diffusion.ddim_sample(network, (n, 1, size, size), min(50, args.T), eta=1)
+        return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+    # Training, or loading
     if not args.load:
         images, args.data = load_images(args.data, args.data_root)
-        labels = load_labels(args.data, args.data_root)
-        n = len(images) // 6
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        held_out, images, labels = images[order[:n]], images[order[n:]], labels[order[n:]]  # n images to judge by
-        if args.batch_size > len(images):
-            fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")
-        args.network = {"channels": images.shape[1], **args.network}
-        if device.type != "cuda" and not args.smoke:
-            print(f"The small network for CPUs: about {CPU_MINUTES} minutes in all on two cores with bf16.")
-        images_of = {size: resized(images, size).to(device) for size in SIZES}
-        held_out, full = resized(held_out, SIZES[-1]), resized(images, SIZES[-1])
-        torch.manual_seed(args.seed)
-        classifier = train_classifier(full, labels, device, args.classifier_steps)
-        real = features_of(classifier, held_out)
+        print(f"{len(images):,} images of {args.data}")
+        torch.manual_seed(0)  # whatever the seed, no network is judged by images that it was trained on
+        images = F.pad(images[torch.randperm(len(images))], (2, 2, 2, 2)).to(args.device)  # (N, 1, 32, 32)
+        held_out, images = images[: len(images) // 6], images[len(images) // 6 :]
+        images_of = {size: F.avg_pool2d(images.float(), 32 // size).round().byte() for size in (8, 16, 32)}
+        # The plan of a --smoke does not depend on the clock.
+        cost = {n: 1 if args.smoke else seconds_per_step(diffusion, images_of[n], args) for n in images_of}
+        points, emas = race(diffusion, images_of, held_out[:1000], cost, args)
+        networks = {way: list(of_size.values())[-1] for way, of_size in emas.items()}
+        for way, network in networks.items():
+            settings = {name: getattr(args, name) for name in SETTINGS}
+            saved = dict(network=args.network, ema=network.state_dict(), settings=settings)
+            torch.save(saved, args.out / f"model_{way}.pt")
+        axes = Figure(figsize=(6, 3.5), layout="constrained").subplots()
+        for (way, curve), color, style in zip(points.items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=True):
+            axes.plot([x for x, _ in curve], [y for _, y in curve], style, color=color, label=way)
+        axes.set(xlabel="seconds of training", ylabel="$L_{simple}$ at 32x32, held-out images")
+        axes.legend()
+        axes.figure.savefig(args.out / "race.png")
+        stages = [draw(network, 8, size) for size, network in emas.get("progressive", emas["plain"]).items()]
+        save_image(torch.cat([F.interpolate(images / 255, size=64) for images in stages]), args.out / "stages.png")
 
-        def judge(ema):
-            with autocast(device):
-                loss = loss_by_t(diffusion, ema, held_out, args.probes).mean().item()
-            samples = sample_size(diffusion, ema, SIZES[-1], args.samples, args)
-            return dict(loss=loss, FD=fid(features_of(classifier, samples), real))
-
-        models, emas, metrics["table"], last = race(diffusion, images_of, judge, args)
-        metrics["seconds"]["training"] = sum(row["seconds"] for row in metrics["table"])
-        metrics["runs_done"] = len(metrics["table"])
-        metrics["FD of real images"] = fid(features_of(classifier, full[: args.samples]), real)
-        state = {"settings": settings_of(args), "model": models.state_dict(), "ema": emas.state_dict()}
-        write(args.out / "model.pt", lambda temporary: torch.save(state, temporary))
-        write_race(args.out / "race.png", metrics["table"])
-        rows = [F.interpolate(sample_size(diffusion, ema, size, 8, args), size=SIZES[-1]) for size, ema in last]
-        write_labelled(args.out / "stages.png", {"": torch.stack(rows)}, [f"{size}x{size}" for size, _ in last])
-    show(diffusion, emas.to(device, memory_format=torch.channels_last), args)
-    write(args.out / "metrics.json", lambda temporary: temporary.write_text(json.dumps(metrics, default=str, indent=2)))
+    # Sampling
+    for way, network in networks.items():
+        samples = draw(network.to(args.device, memory_format=torch.channels_last), args.samples, 32)
+        samples = samples[:, :, 2:30, 2:30]  # without the frame: (N, 1, 28, 28)
+        np.savez(args.out / f"samples_{way}.npz", samples.permute(0, 2, 3, 1).numpy())
+        save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / f"samples_{way}.png")
+    print(f"2 x {args.samples} samples; {time.perf_counter() - start:.0f} s in all: {args.out}")
 
 
 if __name__ == "__main__":
