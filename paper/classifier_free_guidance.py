@@ -1,4 +1,4 @@
-"""Classifier-free guidance: images of the class one asks for, and the price of asking loudly.
+"""Classifier-free guidance: digits of the class one asks for, at the price of variety.
 
 Classifier-Free Diffusion Guidance (Ho & Salimans 2022, arXiv 2207.12598). One network learns eps_hat with the label
 and, because one label in ten is left out in training, without it. The difference of the two points towards the label;
@@ -6,53 +6,36 @@ sampling follows it w times as far. The larger w, the clearer the digits, and th
 
     python paper/classifier_free_guidance.py
     python paper/classifier_free_guidance.py --load runs/classifier_free_guidance/model.pt --no-clip
+    python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot       # accuracy against diversity
 
-writes to runs/classifier_free_guidance/
-    guidance.png        a row for each class, a block for each w = 0, 1, 2, 4, 8, all from the same x_T
-    tradeoff.png        label accuracy against diversity, and the Fréchet distance, over w
-    samples.png (w = 2), loss.png, metrics.json (with the table that is printed) and model.pt
+Writes to runs/classifier_free_guidance/: guidance.png (a row for each class, a block for each w, all from the same
+x_T), w_0.npz ... (the samples for each w, and the labels asked for), samples.png (w = 2), loss.png and model.pt.
 
-Measured with real MNIST on two CPU cores (AMD EPYC, bf16): 2,700 steps of 32 images in 329 s, all in 434 s. 200
-samples for each w, by 50 DDIM steps; label accuracy, diversity (variance within a class) and FD, the Fréchet distance
-to 10,000 real images, by a small classifier. Of real images: 98.9%, 76, 3.3.
-
-    w               0      1      2      4      8
-    accuracy       11%    86%    99%   100%   100%
-    diversity     271    131     67     43     36
-    FD             59     15    4.4     19     36
-
-With large w the guided eps_hat asks for pixels far outside [-1, 1]. Without the clipping of x0_hat (--no-clip) every
-step carries that error on, and some digits stand in specks; the table hardly changes.
-
+On two CPU cores this takes about eight minutes. With a GPU the network is larger and the training longer.
 Left out: dynamic thresholding, guidance on a part of the times.
 """
 import argparse
 import copy
-import http.client
-import json
 import math
-import os
 import socket
 import sys
-import tempfile
 import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.datasets import MNIST
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-# torchvision, scikit-learn and matplotlib are imported where they are used, so that --help answers at once.
 
 # 1. Forward process -------------------------------------------------------------------------------------------
-
-
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
     return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
@@ -84,20 +67,10 @@ class Diffusion:
         alpha_bar = at(self.alpha_bar, t)
         return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
-    def q_posterior(self, x0, xt, t):
-        """Mean (B, C, H, W) and variance (B or 1, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
-        alpha_bar, alpha_bar_before = at(self.alpha_bar, t), at(self.alpha_bar, t - 1)
-        x0_weight = alpha_bar_before.sqrt() * at(self.beta, t) / (1 - alpha_bar)
-        xt_weight = at(self.alpha, t).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        return x0_weight * x0 + xt_weight * xt, at(self.beta_tilde, t)
-
     # 2. Training objective --------------------------------------------------------------------------------
     def loss(self, model, x0):
         """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
-        # t ~ U{1..T}. Algorithm 1 draws each t on its own; here each of B equal slices of 1..T gives one (stratified
-        # sampling). Every t is as likely as before, and the gradient is less noisy.
-        slices = torch.arange(len(x0), device=x0.device) + torch.rand(len(x0), device=x0.device)
-        t = 1 + (self.T * slices / len(x0)).long().clamp(max=self.T - 1)
+        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
 
@@ -106,31 +79,6 @@ class Diffusion:
         """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
         alpha_bar = at(self.alpha_bar, t)
         return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
-
-    @torch.no_grad()
-    def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. sigma_t^2 is beta_t or beta_tilde_t (Section 3.2)."""
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-        x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # before the mean is taken: no image has pixels outside [-1, 1], so there x0_hat must be wrong
-            x0_hat = x0_hat.clamp(-1, 1)
-        mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
-        if t == 1:  # the last step adds no noise
-            return mean
-        sigma = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance].sqrt()
-        return mean + sigma * torch.randn_like(xt)
-
-    @torch.no_grad()
-    def sample(self, model, shape, clip=True, variance="beta", keep=()):
-        """x_0 of that shape out of noise, t = T..1. keep: {t: None}, where the x_t of each such t is put."""
-        xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
-        for t in tqdm(range(self.T, 0, -1), "sampling"):
-            if t in keep:
-                keep[t] = xt
-            xt = self.p_sample(model, xt, t, clip, variance)
-        if 0 in keep:
-            keep[0] = xt
-        return xt
 
     @torch.no_grad()
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
@@ -193,26 +141,7 @@ def guided_eps(model, xt, t, y, w):
     return eps_null + w * (eps_y - eps_null)
 
 
-def sample_classes(diffusion, eps_of, y, shape, sampler, seed, clip):
-    """An image (C, H, W) = shape for each label of y: (N, C, H, W). The seed decides x_T, whatever eps_of does.
-
-    eps_of: callable eps_hat = eps_of(xt, t, y). sampler: ddim (50 steps) or ddpm (T steps).
-    """
-    parts = []
-    for k, some in enumerate(y.split(500)):
-        torch.manual_seed(seed + k)
-        model = partial(eps_of, y=some)
-        if sampler == "ddim":
-            x0 = diffusion.ddim_sample(model, (len(some), *shape), min(50, diffusion.T), clip=clip)
-        else:
-            x0 = diffusion.sample(model, (len(some), *shape), clip=clip)
-        parts.append(x0.cpu())
-    return torch.cat(parts)
-
-
 # 4. Network -----------------------------------------------------------------------------------------------
-
-
 def time_embedding(t, d):
     """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
     frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
@@ -257,11 +186,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t, y): (B, C, H, W), (B,), (B,) -> (B, C, H, W).
-
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half the one before.
-    blocks: ResBlocks at each resolution, on the way down and on the way up. classes: y is in 0..classes-1, or NULL.
-    """
+    """eps_hat = UNet(...)(xt, t, y): that of ddpm_mnist.py, with labels y (B,), each in 0..classes-1 or NULL."""
 
     def __init__(self, channels, widths, blocks, classes):
         super().__init__()
@@ -271,10 +196,10 @@ class UNet(nn.Module):
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for c, c_below in pairwise(widths):
-            halve = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [halve]))
-            self.up.insert(0, nn.ModuleList([double] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
+            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
+            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
+            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
         self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
@@ -284,217 +209,68 @@ class UNet(nn.Module):
         e = self.time(time_embedding(t, self.d)) + self.label(y + 1)  # (B, d_time): the label goes where the time goes
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, halve in self.down:
+        for *blocks, downsample in self.down:
             for block in blocks:
                 h = block(h, e)
                 skips.append(h)
-            h = halve(h)
+            h = downsample(h)
         block1, attention, block2 = self.middle
         h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for double, *blocks in self.up:
-            h = double(h)
+        for upsample, *blocks in self.up:
+            h = upsample(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
         return self.last(h).to(xt.dtype)
 
 
-# The score: how far the samples are from real images, as a small classifier sees them.
-class Classifier(nn.Module):
-    """x (B, C, H, W) in [-1, 1] -> logits (B, classes). features(x), (B, 64), is what they are made of."""
-
-    def __init__(self, channels, classes):
-        super().__init__()
-        layers = []
-        for c_in, c in pairwise([channels, 32, 64, 128]):
-            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 128, 64), nn.ReLU()]
-        self.features, self.head = nn.Sequential(*layers), nn.Linear(64, classes)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
-def frechet_distance(mu1, S1, mu2, S2):
-    """|mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)): the distance of two Gaussians (Heusel et al. 2017). -> float
-
-    mu (D,) and S (D, D), float64. The trace of the root is the sum of the singular values of S1^(1/2) S2^(1/2): real
-    numbers whatever the rounding, where a square root of S1 S2 can turn complex.
-    """
-    roots = []
-    for S in (S1, S2):
-        values, vectors = torch.linalg.eigh(S)
-        roots.append(vectors * values.clamp(min=0).sqrt() @ vectors.T)
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return ((mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * overlap).item()
-
-
-def fid(features1, features2):
-    """The Fréchet distance of two sets of features (N, D), each taken for a Gaussian. -> float"""
-    mu_S = [(features.double().mean(0), features.double().T.cov()) for features in (features1, features2)]
-    return frechet_distance(*mu_S[0], *mu_S[1])
-
-
-def diversity(features, y):
-    """How far images of one class are from each other: the mean over classes of Tr(covariance of the features)."""
-    classes = [label for label in y.unique() if (y == label).sum() > 1]
-    return torch.stack([features[y == label].var(0).sum() for label in classes]).mean().item()
-
-
 # 5. Data ------------------------------------------------------------------------------------------------------
-SERVER_SECONDS = 10  # a server that says nothing for so long is given up
-
-
-def knock(url):
-    """Raise OSError or HTTPException, unless a server answers within SERVER_SECONDS."""
-    socket.setdefaulttimeout(SERVER_SECONDS)
-    # Asked in a thread, because looking up the server's name knows no time limit.
-    ThreadPoolExecutor(1).submit(urllib.request.urlopen, url).result(timeout=SERVER_SECONDS).close()
-
-
-def load_mnist(root):
-    """MNIST's training images, (60000, 1, 28, 28) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import mnist
-
-    path = Path(root) / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    if not path.exists():
-        knock(mnist.MNIST.mirrors[0] + mnist.MNIST.resources[0][0])
-        mnist.MNIST(root, download=True)
-    try:
-        return mnist.read_image_file(path).unsqueeze(1)
-    except Exception:
-        fail(f"{path} is damaged: delete it, and the next run downloads it again")
-
-
-def load_cifar10(root):
-    """CIFAR-10's training images, (50000, 3, 32, 32) uint8, downloaded to root unless they are there."""
-    from torchvision.datasets import CIFAR10
-
-    folder = Path(root) / CIFAR10.base_folder
-    if not folder.exists():
-        knock(CIFAR10.url)
-        CIFAR10(root, download=True)
-    try:
-        return torch.from_numpy(CIFAR10(root).data).permute(0, 3, 1, 2)
-    except Exception:
-        fail(f"{folder} is damaged: delete it, and the next run downloads it again")
-
-
-def load_small_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged: (1797, 1, 28, 28) uint8."""
-    from sklearn.datasets import load_digits
-
-    images = torch.from_numpy(load_digits().images).unsqueeze(1) / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte()
-
-
-def load_photos():
-    """Crops of two photographs at half their size, (6716, 3, 32, 32) uint8: a pagoda in China, and a dahlia."""
-    from sklearn.datasets import load_sample_images
-
-    photos = torch.stack([torch.tensor(photo) for photo in load_sample_images().images])  # (2, 427, 640, 3)
-    small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
-    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 73, 32, 32)
-    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte()
-
-
-def load_strokes():
-    """What --smoke learns: the 28 diagonals, (28, 1, 28, 28) uint8."""
-    return torch.stack([255 * torch.eye(28).roll(i) for i in range(28)]).unsqueeze(1).byte()
-
-
-# What --data takes, and what loads it from --data-root. Where the first cannot be downloaded, the second stands in.
-DATA = {
-    "mnist": load_mnist,
-    "digits": lambda root: load_small_digits(),
-    "cifar10": load_cifar10,
-    "photos": lambda root: load_photos(),
-    "strokes": lambda root: load_strokes(),
-}
-STAND_IN = "scikit-learn's 1,797 digits of 8x8 pixels"
-
-
 def load_images(data, root):
-    """The training images, (N, C, H, W) uint8, and what they are. data: a name in DATA, or auto."""
-    first, second = list(DATA)[:2]
-    name = first if data == "auto" else data
-    try:
-        return DATA[name](root), name
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-    if data != "auto":
-        fail(f"--data {data}: the images cannot be downloaded ({reason})")
-    print(f"\n!!! NO {first.upper()} ({reason}).\n!!! In its place: {STAND_IN}.\n")
-    return DATA[second](root), second
-
-
-def load_labels(data, root):
-    """The class of each image of load_images, (N,) int64. data: what load_images said."""
+    """The training images (N, 1, 28, 28) uint8, their labels (N,), and what they are: mnist, or digits instead."""
     if data == "mnist":
-        from torchvision.datasets.mnist import read_label_file as read
-
-        path = Path(root) / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    elif data == "cifar10":
-        from torchvision.datasets import CIFAR10
-
-        path, read = root, lambda root: torch.tensor(CIFAR10(root).targets)
-    elif data == "digits":
-        from sklearn.datasets import load_digits
-
-        return torch.from_numpy(load_digits().target)
-    else:  # two photographs; strokes to the left and to the right
-        n = len(load_images(data, root)[0])
-        return torch.arange(n) * 2 // n
-    try:
-        return read(path)
-    except Exception:
-        fail(f"{path} is damaged or not there: delete the folder, and the next run downloads it again")
-
-
-def labelled_batches(images, labels, batch_size, seed):
-    """Endless pairs of x_0 (B, C, H, W) in [-1, 1] and y (B,): as batches of ddpm_mnist.py."""
-    generator = torch.Generator().manual_seed(seed)
-    leftover = torch.tensor([], dtype=torch.long, device=images.device)
-    while True:
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        *full, leftover = torch.cat([leftover, order]).split(batch_size)  # it begins the next epoch's first batch
-        for index in full:
-            yield images[index].float() / 127.5 - 1, labels[index]
+        on_disk = Path(root, "MNIST/raw/train-images-idx3-ubyte").exists()
+        try:
+            socket.setdefaulttimeout(10)  # seconds
+            mnist = MNIST(root, download=True)
+            assert len(mnist.data) == len(mnist.targets), "not as many labels as images"
+            return mnist.data[:, None], mnist.targets, "mnist"
+        except Exception as error:
+            if on_disk:
+                fail(f"{Path(root, 'MNIST')} cannot be read: delete it, and the next run downloads it again ({error})")
+            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
+    digits = load_digits()
+    images = F.interpolate(torch.from_numpy(digits.images)[:, None] / 16, size=28, mode="bicubic").clamp(0, 1)
+    return (255 * images).round().byte(), torch.from_numpy(digits.target), "digits"
 
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
-    bf16 = False
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
+@torch.no_grad()
 def update_ema(ema, model, step):
     """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-
-def make_optimizer(model, lr, steps):
-    """AdamW, and its learning rate: up to lr over the first 30th of the steps, then in a straight line down to 0."""
-    # Averages over 20 squared gradients (0.95), not 1000 (0.999): in a run of 1000s of steps they are out of date.
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), steps - i) / steps)
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight, 1 - decay)
 
 
 def train_conditional(diffusion, model, images, labels, args):
     """Algorithm 1 of Ho & Salimans -> the EMA of the model, the loss of each step. Ctrl-C keeps what was learned."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, schedule = make_optimizer(model, args.lr, args.steps)
-    losses, done = torch.zeros(args.steps, device=images.device), 0  # on the device: .item() would make each step wait
-    stream = islice(labelled_batches(images, labels, args.batch_size, args.seed), args.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
+    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
+    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:
-        for x0, y in (bar := tqdm(stream, "training", args.steps)):
-            y = drop_labels(y)
+        for step in (bar := tqdm(range(args.steps), "training")):
+            index = torch.randint(len(images), (args.batch_size,), device=images.device)
+            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
+            y = drop_labels(labels[index])
             with autocast(images.device):
                 loss = diffusion.loss(partial(model, y=y), x0)
             optimizer.zero_grad()
@@ -502,320 +278,112 @@ def train_conditional(diffusion, model, images, labels, args):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            update_ema(ema, model, done)
-            losses[done] = loss.detach()
-            done += 1
-            if done % 50 == 0:
-                show_loss(bar, losses[:done])
+            update_ema(ema, model, step)
+            losses[step], done = loss.detach(), step + 1
+            if done % 50 == 0 or done == args.steps:
+                mean = losses[max(0, done - 50) : done].mean().item()
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if not math.isfinite(mean):
+                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
     except KeyboardInterrupt:
         print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    show_loss(bar, losses[:done])
-    return ema, losses[:done].cpu()
+    return ema, losses[: max(done, 1)]
 
 
-def show_loss(bar, losses):
-    """Show the mean of the last 50 losses; end the run if it is no number any more."""
-    if len(losses) == 0:
-        fail("stopped before the first step was done")
-    mean = losses[-50:].mean().item()
-    if not math.isfinite(mean):
-        bar.close()
-        fail(f"the loss is {mean} after {len(losses)} steps: is the learning rate too high? Try a lower --lr")
-    bar.set_postfix(loss=f"{mean:.4f}")
-
-
-def train_classifier(images, labels, device, steps):
-    """A Classifier for images (N, C, H, W) uint8 with labels (N,), trained for that many steps of 128."""
-    classifier = Classifier(images.shape[1], int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
-    optimizer, schedule = make_optimizer(classifier, 2e-3, steps)
-    for _ in tqdm(range(steps), "training the classifier"):
-        index = torch.randint(len(images), (128,))
-        with autocast(device):
-            logits = classifier(images[index].to(device).float() / 127.5 - 1)
-            loss = F.cross_entropy(logits, labels[index].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval().requires_grad_(False)
-
-
-def features_of(classifier, images):
-    """The features (N, 64) of images (N, C, H, W): uint8, or in [-1, 1] and then rounded to 8 bits as in a file."""
-    if images.dtype != torch.uint8:
-        images = (127.5 * (images.clamp(-1, 1) + 1)).round().byte()
-    device = next(classifier.parameters()).device
-    with torch.autocast(device.type, enabled=False):  # in fp32, wherever the samples come from
-        parts = [classifier.features(part.to(device).float() / 127.5 - 1).cpu() for part in images.split(500)]
-    return torch.cat(parts).double()
-
-
-# 7. Files and command line ------------------------------------------------------------------------------------
-# What a flag that is left out means; what the network is, and how long it trains, depends on the device.
-SETTINGS = dict(seed=0, T=1000, data="auto", classifier_steps=600, sampler="ddim")
-GPU = dict(network=dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3, samples=200)
-SMOKE = dict(
-    network=dict(widths=[8, 16], blocks=1),
-    steps=3, batch_size=4, T=10, samples=8, data="strokes", classifier_steps=3,
-)
-CPU_MINUTES = 8  # of the default run on two cores
-FLAGS = {  # besides those of every script
-    "--samples": dict(type=int, help=f"images for each w (default: {GPU['samples']}, else {CPU['samples']})"),
-    "--sampler": dict(choices=["ddim", "ddpm"], help="DDIM in 50 steps (the default) or DDPM in T"),
-    "--clip": dict(action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] at each step"),
-}
+# 7. Run -------------------------------------------------------------------------------------------------------
+NETWORK = dict(channels=1, classes=10)
+GPU = dict(network=NETWORK | dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
+CPU = dict(network=NETWORK | dict(widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3, samples=200)
+SMOKE = dict(network=NETWORK | dict(widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=20, data="digits")
+SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "w", "sampler", "clip"]  # kept in model.pt
 
 
 def fail(message):
     """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def write(path, save):
-    """save(a temporary path), then rename it: under `path` stands a whole file, the old or the new."""
-    temporary = path.with_stem(f"{path.stem}.part")
-    save(temporary)
-    os.replace(temporary, path)
-    tqdm.write(f"wrote {path}")  # where a progress bar runs, above it
-
-
-def write_grid(path, images, columns):
-    """Write images (N, C, H, W) in [-1, 1] as a grid at twice their size."""
-    from torchvision.utils import save_image
-
-    large = F.interpolate(images.float(), scale_factor=2)
-    write(path, lambda temporary: save_image(large, temporary, nrow=columns, normalize=True, value_range=(-1, 1)))
-
-
-def write_labelled(path, blocks, labels):
-    """Write {title: images (rows, columns, C, H, W) in [-1, 1]} side by side, with a label for each row."""
-    from matplotlib.figure import Figure
-    from torchvision.utils import make_grid
-
-    columns = sum(images.shape[1] for images in blocks.values())
-    inch = min(0.55, 6.4 / columns)  # of an image, so that the whole fits on a page
-    figure = Figure(figsize=(1.2 + inch * columns, 0.4 + inch * len(labels)), layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        images = (images.float().clamp(-1, 1) + 1) / 2
-        grid = make_grid(images.flatten(0, 1), images.shape[1], pad_value=1)
-        axes.imshow(grid.permute(1, 2, 0))
-        height = images.shape[3] + 2  # with the white line around
-        axes.set(title=title, xticks=[], yticks=[(row + 0.5) * height for row in range(len(labels))])
-        axes.set_yticklabels(labels)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-    write(path, figure.savefig)
-
-
-def write_loss(path, losses, title):
-    """Plot the loss of each step, and its running mean."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    window = 1 + len(losses) // 50
-    axes.semilogy(torch.arange(len(losses)) + 1, losses, color="lightgray", label="each step")
-    axes.semilogy(torch.arange(window, len(losses) + 1), losses.unfold(0, window, 1).mean(1), label="running mean")
-    axes.set(title=title, xlabel="step", ylabel=r"$L_{simple}$")
-    axes.legend()
-    write(path, axes.figure.savefig)
-
-
-def write_tradeoff(path, sweeps, real):
-    """Plot label accuracy over diversity, a point for each strength, and the Fréchet distance over the strength.
-
-    sweeps: {"w": {strength: {"accuracy": .., "diversity": .., "FD": ..}}}; real: that of real images.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    left, right = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2)
-    looks = ("#0072B2", "o-", (-8, -12)), ("#D55E00", "s--", (4, 5))  # the last: where a number stands, in points
-    for (name, rows), (color, style, place) in zip(sweeps.items(), looks, strict=False):
-        x, y, FD = ([row[key] for row in rows.values()] for key in ("diversity", "accuracy", "FD"))
-        left.plot(x, y, style, color=color, label=f"{name}, written at each point")
-        for strength, *point in zip(rows, x, y, strict=True):
-            left.annotate(f"{strength:g}", point, xytext=place, textcoords="offset points", color=color)
-        right.plot(list(rows), FD, style, color=color, label=name)
-    left.plot(real["diversity"], real["accuracy"], "k*", markersize=12, label="real images")
-    left.set(xlabel="diversity within a class", ylabel="label accuracy", ylim=(0, 1.1))
-    right.axhline(real["FD"], color="black", linestyle=":", label="real images")
-    right.set(xlabel=" or ".join(sweeps), ylabel="Fréchet distance", yscale="log")
-    right.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
-    left.legend(), right.legend()
-    left.grid(alpha=0.3), right.grid(alpha=0.3)
-    write(path, left.figure.savefig)
-
-
-def find_device(name):
-    """The torch.device of that name, or without one the best there is."""
-    device = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        torch.ones(1, device=device).item()  # fails where there is no such device
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
-
-
-def load_checkpoint(path):
-    """The settings and the EMA network of a model.pt that this script wrote."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = checkpoint["settings"]
-        ema = UNet(**settings["network"])
-        ema.load_state_dict(checkpoint["ema"])
-        return settings, ema.eval().requires_grad_(False)
-    except Exception as error:
-        fail(f"--load {path}: no model.pt of this script ({type(error).__name__})")
-
-
-def parse_arguments(argv):
-    """The command line; a flag that was left out is None."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    folder, names = Path("runs", Path(__file__).stem), [name for name in DATA if name != "strokes"]
-    flag = parser.add_argument
-    flag("--steps", type=int, help=f"training steps (default: {GPU['steps']} with CUDA, else {CPU['steps']})")
-    flag("--batch-size", type=int, help=f"images a step (default: {GPU['batch_size']}, else {CPU['batch_size']})")
-    flag("--lr", type=float, help=f"highest learning rate (default: {GPU['lr']}, else {CPU['lr']})")
-    flag("--seed", type=int, help=f"(default: {SETTINGS['seed']})")
-    flag("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    flag("--out", type=Path, help=f"folder for files (default: {folder}; without training: loaded/ in it)")
-    flag("--data", choices=names, help=f"(default: {names[0]}, or {names[1]} where it cannot be downloaded)")
-    flag("--data-root", default="data", help="folder of what is downloaded (default: data)")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    flag("--load", help="a model.pt: no training, samples with the settings of its run")
-    flag("--T", type=int, help=f"diffusion steps (default: {SETTINGS['T']}; with far fewer, x_T is no pure noise)")
-    for name, options in FLAGS.items():
-        flag(name, **options)
-    args = parser.parse_args(argv)
-    trained = any(vars(args).get(name) for name in ("load", "pretrained", "source"))
-    args.out = args.out or folder / ("smoke" if args.smoke else "loaded" if trained else "")
-    return args
-
-
-def fill_defaults(args, device, loaded):
-    """Give the flags that were left out their values: those of the loaded run, or what suits the device."""
-    trains = [name for name in ("steps", "batch_size", "lr", "data", "T") if getattr(args, name) is not None]
-    if args.load and trains:
-        fail(f"--{trains[0].replace('_', '-')} is for training, and --load does not train")
-    defaults = {**SETTINGS, **(GPU if device.type == "cuda" else CPU), **(SMOKE if args.smoke else {}), **loaded}
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name, None) is None})
-    for name in ("steps", "batch_size", "lr", "T", "samples"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be a finite number above 0, not {getattr(args, name)}")
-    if abs(args.seed) >= 2**63:
-        fail(f"--seed must be a number of 64 bits, not {args.seed}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-
-
-def settings_of(args):
-    """What the files of a run remember of it."""
-    return {name: getattr(args, name) for name in (*SETTINGS, *CPU, "device")}
-
-
-class Judge:
-    """A classifier trained on the real images; it says how samples that were drawn for labels y have turned out."""
-
-    def __init__(self, images, labels, held_out, held_out_labels, args, device):
-        torch.manual_seed(args.seed)
-        self.classifier = train_classifier(images, labels, device, args.classifier_steps)
-        self.device, self.real = device, features_of(self.classifier, held_out)
-        n = min(args.samples, len(images))
-        self.of_real_images = self(images[:n], labels[:n])
-        told = self.classifier.head(self.real.float().to(device)).argmax(1).cpu()
-        self.of_real_images["accuracy"] = (told == held_out_labels).double().mean().item()  # of images new to it
-
-    def __call__(self, images, y):
-        """{"accuracy": the share in which it sees y, "diversity": within a class, "FD": to the real images}"""
-        features, y = features_of(self.classifier, images), y.cpu()
-        told = self.classifier.head(features.float().to(self.device)).argmax(1).cpu()
-        accuracy = (told == y).double().mean().item()
-        return dict(accuracy=accuracy, diversity=diversity(features, y), FD=fid(features, self.real))
-
-
-def sweep(name, strengths, draw, judge, y):
-    """Draw and judge samples at each strength -> {strength: scores}, {strength: images}; prints the table."""
-    scores, drawn = {}, {}
-    for strength in strengths:
-        drawn[strength] = draw(strength)
-        scores[strength] = judge(drawn[strength], y)
-        print(f"{name} = {strength:<4g}", *(f"  {key} {value:.4g}" for key, value in scores[strength].items()))
-    return scores, drawn
-
-
-def by_class(images, classes, columns):
-    """images (N, C, H, W) of y = 0, 1, ..., 0, 1, ... as rows of one class: (classes, columns, C, H, W)."""
-    return torch.stack([images[label::classes][:columns] for label in range(classes)])
-
-
-def show_guidance(diffusion, ema, judge, args):
-    """Write guidance.png, tradeoff.png and samples.png; -> the table."""
-    device, classes = diffusion.beta.device, args.network["classes"]
-    y = torch.arange(args.samples, device=device) % classes
-    shape = (args.network["channels"], *args.size)
-
-    def draw(w):
-        with autocast(device):
-            eps_of = partial(guided_eps, ema, w=w)
-            return sample_classes(diffusion, eps_of, y, shape, args.sampler, args.seed, args.clip)
-
-    scores, drawn = sweep("w", (0, 1, 2, 4, 8), draw, judge, y)
-    blocks = {f"w = {w}": by_class(images, classes, 4) for w, images in drawn.items()}
-    write_labelled(args.out / "guidance.png", blocks, list(range(classes)))
-    write_tradeoff(args.out / "tradeoff.png", {"w": scores}, judge.of_real_images)
-    write_grid(args.out / "samples.png", drawn[2][: 8 * classes], classes)
-    return {**scores, "real images": judge.of_real_images}
-
-
 def main(argv=None):
-    args = parse_arguments(argv)
-    device = find_device(args.device)
-    args.device = device.type
-    loaded, ema = load_checkpoint(args.load) if args.load else ({}, None)
-    fill_defaults(args, device, loaded)
-    hardware = f"{device}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    metrics = {"settings": vars(args), "hardware": hardware, "torch": torch.__version__, "seconds": {}}
-    images, args.data = load_images(args.data, args.data_root)
-    labels, args.size = load_labels(args.data, args.data_root), list(images.shape[2:])
-    classes = int(labels.max()) + 1
-    if args.samples < 4 * classes:
-        fail(f"--samples must be at least {4 * classes}, four of each class, not {args.samples}")
-    n = len(images) // 6
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, images = images[order[:n]], images[order[n:]]  # n images to judge by
-    held_out_labels, labels = labels[order[:n]], labels[order[n:]]
-    if args.batch_size > len(images):
-        fail(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}")
-    diffusion = Diffusion(linear_beta(args.T), device)
-    if not args.load:
-        args.network = {"channels": images.shape[1], "classes": classes, **args.network}
+    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, flag = fail, parser.add_argument
+    flag("--steps", type=int, help="training steps (6000 with CUDA, else 2700)")
+    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
+    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
+    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
+    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
+    flag("--data-root", default="data", help="folder of MNIST (data)")
+    flag("--seed", type=int, default=0, help="of all random numbers (0)")
+    flag("--w", type=float, nargs="+", default=[0, 1, 2, 4, 8], help="strengths of the guidance (0 1 2 4 8)")
+    flag("--samples", type=int, help="images to draw for each w (2000 with CUDA, else 200)")
+    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="DDIM in 50 steps, or DDPM in T (ddim)")
+    flag("--clip", action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] (yes)")
+    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
+    flag("--out", type=Path, help="folder for the files (runs/classifier_free_guidance, or a folder in it)")
+    flag("--load", help="a model.pt of this script: draw from it, without training")
+    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
+    args = parser.parse_args(argv)
+    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
+    if args.load:
+        try:
+            saved = torch.load(args.load, map_location="cpu", weights_only=True)
+            defaults |= saved["settings"] | {"network": saved["network"] | NETWORK}
+            UNet(**defaults["network"]).load_state_dict(saved["ema"])
+        except Exception as error:
+            fail(f"--load {args.load}: no model.pt for this script ({type(error).__name__})")
+    parser.set_defaults(out=Path("runs/classifier_free_guidance", "loaded" if args.load else "smoke" * args.smoke))
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=10, seed=0, w=-1000).items():
+        if not all(least <= value <= 10**7 for value in np.ravel(getattr(args, name))):
+            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
+    try:
+        args.device = torch.ones(1, device=args.device).device
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "samples.png").open("ab").close()  # can it be written to?
+    except (OSError, RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
+
+    # Training, or loading
+    diffusion = Diffusion(linear_beta(args.T), args.device)
+    torch.manual_seed(args.seed)
+    model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
+    report, start = "", time.perf_counter()
+    if args.load:
+        model.load_state_dict(saved["ema"])
+        ema = model.eval()
+    else:
+        images, labels, args.data = load_images(args.data, args.data_root)
+        print(f"{len(images):,} images of {args.data}; {sum(p.numel() for p in model.parameters()):,} parameters")
+        ema, losses = train_conditional(diffusion, model, images.to(args.device), labels.to(args.device), args)
+        report = f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
+        settings = {name: getattr(args, name) for name in SETTINGS}
+        torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
+        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
+        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1).cpu())
+        axes.set(title=f"classifier-free guidance on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
+        axes.figure.savefig(args.out / "loss.png")
+
+    # Sampling: labels 0, 1, ..., 9, 0, 1, ..., and for every w the same x_T
+    y, start = torch.arange(args.samples, device=args.device) % 10, time.perf_counter()
+    S, eta = (min(50, args.T), 0.0) if args.sampler == "ddim" else (args.T, 1.0)
+    draw = partial(diffusion.ddim_sample, S=S, eta=eta, clip=args.clip, variance="beta")
+    figure, columns = Figure(figsize=(2.3 * len(args.w) + 0.5, 6), layout="constrained"), min(4, args.samples // 10)
+    for w, axes in zip(args.w, figure.subplots(1, len(args.w), squeeze=False)[0], strict=True):
         torch.manual_seed(args.seed)
-        model = UNet(**args.network).to(device, memory_format=torch.channels_last)
-        if device.type != "cuda" and not args.smoke:
-            print(f"The small network for CPUs: about {CPU_MINUTES} minutes in all on two cores with bf16.")
-        start = time.perf_counter()
-        ema, losses = train_conditional(diffusion, model, images.to(device), labels.to(device), args)
-        metrics["seconds"]["training"] = time.perf_counter() - start
-        metrics |= {"steps_done": len(losses), "loss": losses[-100:].mean().item()}
-        state = {"settings": settings_of(args), "model": model.state_dict(), "ema": ema.state_dict()}
-        write(args.out / "model.pt", lambda temporary: torch.save(state, temporary))
-        write_loss(args.out / "loss.png", losses, f"classifier_free_guidance on {args.data}")
-    start = time.perf_counter()
-    judge = Judge(images, labels, held_out, held_out_labels, args, device)
-    metrics["table"] = show_guidance(diffusion, ema.to(device, memory_format=torch.channels_last), judge, args)
-    metrics["seconds"]["sampling and judging"] = time.perf_counter() - start
-    write(args.out / "metrics.json", lambda temporary: temporary.write_text(json.dumps(metrics, default=str, indent=2)))
+        with autocast(args.device):
+            parts = [draw(partial(guided_eps, ema, y=part, w=w), (len(part), 1, 28, 28)) for part in y.split(500)]
+        samples = (127.5 * (torch.cat(parts).clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
+        np.savez(args.out / f"w_{w:g}.npz", samples.permute(0, 2, 3, 1).numpy(), y.cpu().numpy())
+        rows = torch.cat([samples[y.cpu() == label][:columns] for label in range(10)])
+        axes.imshow(make_grid(rows, columns).permute(1, 2, 0))  # an image every 30 pixels
+        axes.set(title=f"w = {w:g}", xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
+        if w == min(args.w, key=lambda w: abs(w - 2)):
+            save_image(F.interpolate(samples[:100] / 255, scale_factor=2), args.out / "samples.png", nrow=10)
+    figure.savefig(args.out / "guidance.png")
+    report += f"{args.samples} samples for each of {len(args.w)} w in {time.perf_counter() - start:.0f} s"
+    print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":
