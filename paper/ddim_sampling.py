@@ -239,10 +239,9 @@ def load_images(data, root):
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -260,7 +259,7 @@ def train(diffusion, model, images, args):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
     # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    losses = []  # tensors: .item() would make every step wait for the device
+    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:
         for step in (bar := tqdm(range(args.steps), "training")):
             index = torch.randint(len(images), (args.batch_size,), device=images.device)
@@ -272,15 +271,15 @@ def train(diffusion, model, images, args):
             optimizer.step()
             schedule.step()
             update_ema(ema, model, step)
-            losses.append(loss.detach())
-            if len(losses) % 50 == 0 or len(losses) == args.steps:
-                mean = torch.stack(losses[-50:]).mean().item()
+            losses[step], done = loss.detach(), step + 1
+            if done % 50 == 0 or done == args.steps:
+                mean = losses[max(0, done - 50) : done].mean().item()
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if not math.isfinite(mean):
-                    fail(f"the loss is {mean} after {step + 1} steps: is the learning rate too high? Try a lower --lr")
+                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
     except KeyboardInterrupt:
-        print(f"\nStopped after {len(losses)} steps: the samples show what was learned by then.")
-    return ema, torch.stack(losses).cpu() if losses else torch.full((1,), math.nan)
+        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
+    return ema, losses[: max(done, 1)].cpu()
 
 
 # 7. Run -------------------------------------------------------------------------------------------------------

@@ -235,10 +235,9 @@ def flip(x0):
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -260,22 +259,23 @@ def train(diffusion, model, images, args, resumed=None):
     # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    losses = []  # tensors: .item() would make every step wait for the device
+    losses, done = torch.zeros(args.steps, device=images.device), 0  # .item() would make each step wait
     if resumed:
-        losses += resumed["losses"].to(images.device)
+        done = len(resumed["losses"])
+        losses[:done] = resumed["losses"]
         for name, part in parts.items():
             part.load_state_dict(resumed[name])
 
     def save():
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"network": args.network, "settings": {name: getattr(args, name) for name in SETTINGS}}
-        torch.save(state | {"losses": torch.stack(losses).cpu()}, args.out / "checkpoint.part")
+        torch.save(state | {"losses": losses[:done].cpu()}, args.out / "checkpoint.part")
         os.replace(args.out / "checkpoint.part", args.out / "checkpoint.pt")  # a kill never leaves half a file
 
     # The first Ctrl-C lets the running step come to its end, so that --resume can go on; a second one ends at once.
     stopped, usual = [], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, usual)))
-    for step in (bar := tqdm(range(len(losses), args.steps), "training", args.steps, initial=len(losses))):
+    for step in (bar := tqdm(range(done, args.steps), "training", args.steps, initial=done)):
         torch.manual_seed(args.seed + 10**7 * step)  # what a step draws depends on nothing before it
         index = torch.randint(len(images), (args.batch_size,), device=images.device)
         x0 = flip(images[index].float() / 127.5 - 1)  # (B, 3, 32, 32) in [-1, 1]
@@ -287,25 +287,25 @@ def train(diffusion, model, images, args, resumed=None):
         optimizer.step()
         schedule.step()
         update_ema(ema, model, step)
-        losses.append(loss.detach())
-        if len(losses) % 50 == 0 or len(losses) == args.steps:
-            mean = torch.stack(losses[-50:]).mean().item()
+        losses[step], done = loss.detach(), step + 1
+        if done % 50 == 0 or done == args.steps:
+            mean = losses[max(0, done - 50) : done].mean().item()
             bar.set_postfix(loss=f"{mean:.4f}")
             if not math.isfinite(mean):
                 bar.close()
-                fail(f"the loss is {mean} after {step + 1} steps: is the learning rate too high? Try a lower --lr")
-        if len(losses) % args.save_every == 0:
+                fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        if done % args.save_every == 0:
             save()
         if stopped:
-            print(f"\nStopped after {len(losses)} steps; --resume goes on from there.")
+            print(f"\nStopped after {done} steps; --resume goes on from there.")
             break
-        if len(losses) % args.preview_every == 0:
+        if done % args.preview_every == 0:
             with autocast(images.device):
                 x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
             save_image(x0, args.out / "preview.png", nrow=4, normalize=True, value_range=(-1, 1))
     save()
     signal.signal(signal.SIGINT, usual)
-    return ema, torch.stack(losses).cpu()
+    return ema, losses[:done].cpu()
 
 
 # 7. Run -------------------------------------------------------------------------------------------------------

@@ -34,8 +34,7 @@ def test_timesteps(script):
 
 
 @having("Diffusion.ddim_sample")
-@pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
-@pytest.mark.parametrize("steps", [10, 50, 1000])
+@pytest.mark.parametrize("steps, spacing", [(10, "uniform"), (50, "quadratic"), (1000, "uniform")])
 def test_every_trajectory_of_gaussian_data_is_known(script, steps, spacing):
     """eps* makes each step affine in x_t: eta = 0 keeps (x_t - sqrt(ab) mu) on one line, and stretches it."""
     _, alpha_bar = tables()
@@ -53,9 +52,7 @@ def test_every_trajectory_of_gaussian_data_is_known(script, steps, spacing):
 
 
 @having("Diffusion.ddim_sample")
-@pytest.mark.parametrize("eta", [0, 0.5, 1])
-@pytest.mark.parametrize("spacing", ["uniform", "quadratic"])
-@pytest.mark.parametrize("steps", [10, 50, 1000])
+@pytest.mark.parametrize("steps, spacing, eta", [(10, "quadratic", 0), (50, "uniform", 0.5), (50, "quadratic", 1)])
 def test_trajectories_of_a_mixture(script, steps, spacing, eta):
     """DDIM, Eq. 12 and 16, written out with numbers, and the same noise."""
     _, alpha_bar = tables()

@@ -26,7 +26,7 @@ def same(a, b):
 def start(*flags):
     command = [sys.executable, str(ROOT / CIFAR), *map(str, flags)]
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=hear)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=hear)
 
 
 def wait_for(condition, process):
