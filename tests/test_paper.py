@@ -1,17 +1,17 @@
-"""ddpm_paper.py: the network to the parameter, the bound on the likelihood, several ranks."""
-import json
+"""ddpm_paper.py: the network to the parameter, the official weights, the bound, the recipe, several ranks."""
+import argparse
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, having, load
-from test_diffusion import exact, gaussian_eps, tables
+from conftest import ROOT, exact, gaussian_eps, having, load, one_line, tables
 
 PAPER = "paper/ddpm_paper.py"
 
@@ -22,6 +22,15 @@ def stirred(model):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.5)
     return model.eval()
+
+
+def same(a, b):
+    """Nested dicts, lists and tensors that are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # The network ----------------------------------------------------------------------------------------------------------
@@ -60,14 +69,14 @@ def test_the_time_goes_in_as_sines_then_cosines_of_t_minus_1():
         assert np.abs(row.detach().numpy() - expected).max() < 1e-4
 
 
-def test_halving_pads_to_the_right_and_below():
+def test_downsampling_pads_to_the_right_and_below():
     """A kernel of ones sums 3x3 pixels: the first sum begins at pixel 0, the last reaches one beyond the edge."""
-    halve = load(PAPER).UNet(widths=[32, 32], blocks=1, attention=[]).down[0][-1]
+    downsample = load(PAPER).UNet(widths=[32, 32], blocks=1, attention=[]).down[0][-1]
     with torch.no_grad():
-        halve[1].weight.fill_(1 / 32)
-        halve[1].bias.zero_()
+        downsample[1].weight.fill_(1 / 32)
+        downsample[1].bias.zero_()
         x = torch.arange(36.0).view(1, 1, 6, 6).expand(1, 32, 6, 6)
-        got = halve(x)[0, 0]
+        got = downsample(x)[0, 0]
     pixels = x[0, 0]
     assert torch.allclose(got[0, 0], pixels[0:3, 0:3].sum()) and torch.allclose(got[2, 2], pixels[4:6, 4:6].sum())
 
@@ -124,7 +133,7 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bin with the old names"])
 def test_the_published_weights_run_in_it(official, kind, tmp_path):
-    """diffusers' network, saved as diffusers does and loaded by --pretrained's code: the same outputs in fp32."""
+    """diffusers' network, saved as diffusers does and read by --pretrained's code: the same outputs in fp32."""
     script = load(PAPER)
     if kind == "bin with the old names":  # the published file's: diffusers renames them when it loads it
         weights = official.state_dict()
@@ -135,7 +144,9 @@ def test_the_published_weights_run_in_it(official, kind, tmp_path):
     else:
         official.save_pretrained(tmp_path, safe_serialization=kind == "safetensors")
         path = tmp_path / f"diffusion_pytorch_model.{kind}"
-    model = script.load_pretrained(str(path))
+    saved = script.load_official(str(path))
+    model = script.UNet(**saved["network"]).eval()
+    model.load_state_dict(saved["ema"])
     xt, t = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 500, 1000])
     with torch.no_grad():
         expected = official(xt, t - 1).sample
@@ -143,53 +154,48 @@ def test_the_published_weights_run_in_it(official, kind, tmp_path):
         assert (model(xt, t) - expected).abs().max() < 3e-5
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Instead of T steps of sampling: what the sampler was given, [(Diffusion, model, shape, options), ...]."""
+    calls, Diffusion = [], load(PAPER).Diffusion
+
+    def sample(self, model, shape, **options):
+        calls.append((self, model, tuple(shape), options))
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(Diffusion, "sample", sample)
+    return calls
+
+
+def test_pretrained_draws_from_the_published_network(official, tmp_path, monkeypatch, drawn):
+    """From the hub, under a name of its own in the cache: 1000 steps of the linear schedule, the weights in it."""
+    script, asked = load(PAPER), []
+
+    def download(url, **options):
+        asked.append((url, options))
+        return official.state_dict()
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.chdir(tmp_path)
+    script.main(["--pretrained", "--smoke", "--samples", "6", "--batch-size", "4"])
+    [(url, options)] = asked
+    assert url.startswith("https://huggingface.co/google/ddpm-cifar10-32/") and url.endswith(".bin")
+    assert options == {"file_name": "ddpm-cifar10-32.bin", "map_location": "cpu", "weights_only": True}
+    assert [shape for _, _, shape, _ in drawn] == [(4, 3, 32, 32), (2, 3, 32, 32)]
+    diffusion, model, _, _ = drawn[0]
+    assert diffusion.T == 1000 and torch.equal(diffusion.beta, script.linear_beta().float())
+    assert torch.equal(model.first.weight, official.conv_in.weight) and not model.training
+    assert {p.name for p in Path("runs/ddpm_paper/loaded").iterdir()} == {"samples.png", "samples.npz"}
+
+
 @pytest.mark.parametrize("content", [b"", b"no weights", "other"])
 def test_a_file_without_the_weights_is_one_line(content, tmp_path, capsys):
     path = tmp_path / "weights.bin"
     torch.save({"conv_in.weight": torch.zeros(1)}, path) if content == "other" else path.write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        load(PAPER).main(["--pretrained", str(path), "--out", str(tmp_path / "out")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "--pretrained" in error
-
-
-def test_the_published_weights_leave_the_files_of_a_run_alone():
-    assert load(PAPER).parse_arguments(["--pretrained"]).out == Path("runs/ddpm_paper/loaded")
-
-
-def test_a_trained_network_keeps_its_schedule(tmp_path, capsys):
-    load(PAPER).main(["--smoke", "--out", str(tmp_path)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        load(PAPER).main(["--smoke", "--load", str(tmp_path / "model.pt"), "--schedule", "cosine"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "--schedule" in error
+    assert "--pretrained" in one_line(PAPER, ["--pretrained", path, "--out", tmp_path / "out"], capsys)
 
 
 # The schedule and the bound -------------------------------------------------------------------------------------------
-
-
-@having("cosine_beta")
-def test_cosine_schedule(script):
-    """alpha_bar is cos^2 of a ratio until the one beta at the end that is clipped."""
-    beta = script.cosine_beta(1000)
-    alpha_bar = (1 - beta).cumprod(0)
-    assert beta.dtype == torch.float64 and beta.shape == (1001,) and beta[0] == 0
-    assert (beta == 0.999).sum() == 1 and beta[1000] == 0.999
-
-    def f(t):
-        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    for t in (1, 250, 500, 750, 999):
-        assert alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-10)
-    assert alpha_bar[1000].item() == pytest.approx(f(999) / f(0) * 0.001, rel=1e-10)
-
-
-@having("cosine_beta")
-def test_cosine_schedule_is_that_of_diffusers(script):
-    diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").betas
-    assert (script.cosine_beta(1000)[1:] - theirs).abs().max() < 1e-6
 
 
 @having("gaussian_kl")
@@ -259,104 +265,428 @@ def test_bits_per_dimension_of_rounded_gaussian_pixels(script, variance):
     assert entropy < L.sum() < entropy + 1
 
 
-# Several ranks --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The folder of a --smoke run, in one process, of 6 steps."""
+    folder = tmp_path_factory.mktemp("smoke")
+    load(PAPER).main(["--smoke", "--device", "cpu", "--seed", "5", "--nll", "4", "--out", str(folder)])
+    return folder
 
-# One training step, whose noise is a function of the image: so it is the same however the batch is shared out.
+
+class FakeCIFAR10:
+    """Data that tell on themselves: training images of level 10, and test image k of level 100 + k."""
+
+    base_folder = "none"
+
+    def __init__(self, root, train=True, download=False):
+        levels = np.full(50, 10) if train else 100 + np.arange(10)
+        self.data = np.broadcast_to(levels[:, None, None, None], (len(levels), 32, 32, 3)).astype(np.uint8)
+
+
+def test_nll_is_the_mean_over_test_images(smoke, tmp_path, monkeypatch, capsys, drawn):
+    """In batches of --batch-size, the last one smaller; each image counts the same. The bound of level k is k bits."""
+    script, batches = load(PAPER), []
+
+    def bound(self, model, x0, variance):
+        k = (x0[:, 0, 0, 0] + 1) * 127.5
+        batches.append(k.round().long().tolist())
+        return torch.cat([k.mean().view(1), torch.zeros(self.T)])
+
+    monkeypatch.setattr(script, "CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr(script.Diffusion, "bound", bound)
+    flags = ["--load", smoke / "model.pt", "--data", "cifar10", "--batch-size", "4", "--out", tmp_path]
+    script.main([*map(str, flags), "--nll", "10"])
+    assert [len(batch) for batch in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(100, 110))
+    assert sum(batches, []) != list(range(100, 110))  # so that fewer are a sample of all
+    assert "104.500 bits per dimension of 10 test images" in capsys.readouterr().out
+    assert (tmp_path / "nll.png").stat().st_size > 1000
+
+
+def test_nll_of_photographs_after_training_and_loaded(smoke, tmp_path, capsys, drawn):
+    """--load --nll --data photos repeats what the run itself has found; beta_tilde gives another bound."""
+    pictures = []
+    for more in ([], ["--variance", "beta_tilde"]):
+        flags = ["--load", smoke / "checkpoint.pt", "--nll", "4", "--data", "photos", "--out", tmp_path, *more]
+        load(PAPER).main([str(flag) for flag in flags])
+        pictures.append((tmp_path / "nll.png").read_bytes())
+    assert pictures[0] == (smoke / "nll.png").read_bytes() != pictures[1]
+    assert [options["variance"] for _, _, _, options in drawn] == ["beta", "beta_tilde"]
+    assert "bits per dimension of 4 test images" in capsys.readouterr().out
+
+
+def test_test_crops_share_no_pixel_with_training_crops(monkeypatch):
+    """In photographs whose left part is black and whose right part is white: all training crops black, test white."""
+    script = load(PAPER)
+    photo = np.zeros((427, 640, 3), np.uint8)
+    photo[:, 512:] = 255
+    monkeypatch.setattr(script, "load_sample_images", lambda: argparse.Namespace(images=[photo, photo]))
+    train, test = (script.load_images("photos", "nowhere", train)[0] for train in (True, False))
+    assert train.shape == (2 * 46 * 57, 3, 32, 32) and test.shape == (2 * 46 * 9, 3, 32, 32)
+    assert (train == 0).all() and (test == 255).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedule_is_the_one_asked_for(schedule, tmp_path, monkeypatch, drawn):
+    script = load(PAPER)
+    monkeypatch.setattr(script, "train", lambda diffusion, model, *_: (model, torch.ones(1)))
+    script.main(["--smoke", "--schedule", schedule, "--T", "20", "--out", str(tmp_path)])
+    beta = {"linear": script.linear_beta, "cosine": script.cosine_beta}[schedule](20)
+    assert torch.equal(drawn[0][0].beta, beta.float())
+
+
+# The recipe -----------------------------------------------------------------------------------------------------------
+
+
+class OneConvolution(torch.nn.Module):
+    """The smallest network: eps_hat = a 1x1 convolution of x_t."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, xt, t):
+        return self.conv(xt)
+
+
+def train(tmp_path, images, model, diffusion=None, **changes):
+    """The script's train on a small problem -> EMA, losses."""
+    script = load(PAPER)
+    settings = dict.fromkeys(script.SETTINGS, 0) | dict(steps=60, batch_size=8, lr=1e-3, warm_up=20)
+    settings |= dict(out=tmp_path, network={}, save_every=10**9) | changes
+    diffusion = diffusion or script.Diffusion(script.linear_beta(10))
+    return script.train(diffusion, model, images, argparse.Namespace(**settings))
+
+
+def test_the_recipe(tmp_path, monkeypatch):
+    """Adam of (0.9, 0.999); the rate rises for the warm-up and stays; gradients have norm 1 at most; the EMA's ramp."""
+    rates, norms, weights = [], [], []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            [group] = self.param_groups
+            rates.append(group["lr"])
+            norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
+            assert group["betas"] == (0.9, 0.999) and group["weight_decay"] == 0 and group["fused"]
+            super().step()
+            weights.append(group["params"][0].detach().clone())
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    model = OneConvolution()
+    model.conv.weight.data += 30  # so wrong that its gradient must be clipped
+    expected = model.conv.weight.detach().clone()
+    images = torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8)
+    ema, losses = train(tmp_path, images, model, steps=300, lr=0.5, warm_up=100)
+    assert rates == pytest.approx([0.5 * min(1, (i + 1) / 100) for i in range(300)])
+    assert [rates[0], rates[99], rates[299]] == pytest.approx([0.005, 0.5, 0.5])
+    assert norms[0] == pytest.approx(1, abs=1e-3) and max(norms) < 1.001
+    for k, weight in enumerate(weights):
+        decay = min(0.9999, (1 + k) / (10 + k))
+        expected = decay * expected + (1 - decay) * weight
+    assert torch.allclose(ema.conv.weight, expected, atol=1e-4) and not torch.allclose(ema.conv.weight, weights[-1])
+    assert losses.shape == (300,) and losses[-20:].mean() < losses[:5].mean()
+
+
+def test_the_paper_s_settings():
+    """Section 4 and Appendix B; the same network by default as for the published weights."""
+    gpu = load(PAPER).GPU
+    assert {name: gpu[name] for name in ("steps", "batch_size", "lr", "warm_up", "network")} == dict(
+        steps=800_000, batch_size=128, lr=2e-4, warm_up=5000, network={}
+    )
+
+
+def test_the_network_sees_every_image_in_minus_one_to_one_and_half_of_them_mirrored(tmp_path):
+    """Image k has level 15 k at its left edge, and 0 elsewhere: each is as likely as any other, so is each side."""
+    script, seen = load(PAPER), []
+
+    class Recorder(script.Diffusion):
+        def loss(self, model, x0):
+            seen.append(x0)
+            return super().loss(model, x0)
+
+    images = torch.zeros(17, 3, 4, 4, dtype=torch.uint8)
+    images[..., 0] = torch.arange(15, 256, 15).byte().view(17, 1, 1)[:, None].expand(17, 3, 4, 1)[..., 0]
+    train(tmp_path, images, OneConvolution(), Recorder(script.linear_beta(10)), steps=50, batch_size=34)
+    x0 = torch.cat(seen)
+    assert x0.shape == (1700, 3, 4, 4) and x0.min() == -1 and x0.max() == 1
+    left, right = (((x0[:, 0, 0, edge] + 1) * 127.5).round().long() for edge in (0, -1))
+    assert ((left == 0) ^ (right == 0)).all() and abs((left == 0).sum() - 850) < 4.5 * math.sqrt(1700 / 4)
+    counts = ((left + right) // 15).bincount(minlength=18)[1:]
+    assert (counts - 100).abs().max() < 4.5 * math.sqrt(1700 / 17 * 16 / 17)
+    assert len({tuple(batch[:, 0, 0].flatten().tolist()) for batch in seen}) == 50  # no batch comes twice
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--pretrained", "--T", "500"], "--pretrained: the published network was trained with --T 1000"),
+        (["--pretrained", "--schedule", "cosine"], "--pretrained: the published network was trained with"),
+        (["--load", "{smoke}/model.pt", "--T", "500"], "T was 10, not 500"),
+        (["--load", "{smoke}/model.pt", "--schedule", "cosine"], "schedule was linear, not cosine"),
+        (["--load", "{smoke}/model.pt", "--pretrained"], "not allowed with"),
+        (["--resume", "--out", "{smoke}", "--batch-size", "8"], "batch-size was 4, not 8"),
+        (["--resume", "--out", "{smoke}", "--data", "cifar10"], "data was photos, not cifar10"),
+        (["--resume", "--out", "{smoke}/nowhere"], "--resume"),
+        (["--nll", "-1"], "--nll must lie between 0 and"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(flags, told, smoke, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in smoke.iterdir()}
+    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    assert told in one_line(PAPER, [*(flag.format(smoke=smoke) for flag in flags), *out], capsys)
+    assert not (tmp_path / "out").exists() and before == {path.name: path.read_bytes() for path in smoke.iterdir()}
+
+
+def test_a_model_is_no_checkpoint(smoke, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes((smoke / "model.pt").read_bytes())
+    assert "--resume" in one_line(PAPER, ["--resume", "--out", tmp_path], capsys)
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nyou tried 10**12 bytes")
+
+    monkeypatch.setattr(load(PAPER), "train", full)
+    assert "--batch-size" in one_line(PAPER, ["--smoke", "--out", tmp_path], capsys)
+
+
+def test_resuming_with_another_number_of_ranks_is_one_line(smoke, tmp_path, capsys):
+    checkpoint = torch.load(smoke / "checkpoint.pt", weights_only=True)
+    checkpoint["settings"]["ranks"] = 2
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert "ranks was 2, not 1" in one_line(PAPER, ["--smoke", "--resume", "--out", tmp_path], capsys)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--batch-size", "5"], "--batch-size that its 2 ranks can share"),
+        (["--load", "{smoke}/model.pt"], "torchrun is for training"),
+        (["--device", "cuda:0"], "--device cuda:1"),  # rank 1 does not crowd GPU 0; here there is none at all
+        (["--device", "cuda"], "--device cuda:1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_ranks_cannot_do_is_one_line(flags, told, smoke, tmp_path, monkeypatch, capsys):
+    if "--device" in flags and torch.cuda.device_count() > 1:
+        pytest.skip("there are GPUs enough")
+    monkeypatch.setattr(load(PAPER), "RANKS", 2)
+    monkeypatch.setattr(load(PAPER), "RANK", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    flags = [flag.format(smoke=smoke) for flag in flags]
+    assert told in one_line(PAPER, ["--smoke", "--out", tmp_path / "out", *flags], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+# Resuming, in one process and in several ------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(smoke, tmp_path, monkeypatch):
+    """Ctrl-C in step 3: that step is done and written; the rest equals the run without a break, dropout and all."""
+    script, steps = load(PAPER), []
+    loss = script.Diffusion.loss
+
+    def interrupted(self, model, x0):
+        steps.append(len(steps) + 1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(self, model, x0)
+
+    monkeypatch.setattr(script.Diffusion, "loss", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    script.main(["--smoke", "--device", "cpu", "--seed", "5", "--out", str(tmp_path)])
+    assert len(steps) == 3 and signal.getsignal(signal.SIGINT) is before
+    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]) == 3
+    script.main(["--smoke", "--device", "cpu", "--resume", "--out", str(tmp_path)])
+    for name in ("model.pt", "checkpoint.pt"):
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (smoke, tmp_path))), name
+    for name in ("samples.png", "loss.png", "preview.png"):
+        assert (tmp_path / name).read_bytes() == (smoke / name).read_bytes(), name
+    script.main(["--smoke", "--device", "cpu", "--resume", "--steps", "7", "--out", str(tmp_path)])  # a longer run
+    longer, whole = (torch.load(out / "checkpoint.pt", weights_only=True)["losses"] for out in (tmp_path, smoke))
+    assert len(longer) == 7 and torch.equal(longer[:6], whole)
+
+
+# Two ranks, started by torchrun once for many tests: a run, the same stopped and resumed, and a run that fails.
 WORKER = """
-import sys, torch, torch.nn.functional as F
+import os, signal, sys, time, torch
+import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from conftest import load
-script = load("paper/ddpm_paper.py")
-args = script.parse_arguments(["--smoke", "--steps", "1", "--batch-size", "8", "--device", "cpu", "--out", sys.argv[2]])
-script.join_ranks("cpu")
-args.device, args.ranks = "cpu", script.ranks()
-script.fill_defaults(args, torch.device("cpu"), {})
-script.flip = lambda x0: x0
-script.now_and_then = lambda *args: None
+from pathlib import Path
 
-class Fixed(script.Diffusion):
-    def loss(self, model, x0):
-        t = 1 + (x0.abs() * torch.arange(x0[0].numel()).view_as(x0[0])).sum((1, 2, 3)).long() % self.T
-        eps = torch.cos(7 * x0 + t.view(-1, 1, 1, 1))
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+script, out, rank = load("paper/ddpm_paper.py"), Path(sys.argv[2]), int(os.environ["RANK"])
+record = {"x0": [], "t": [], "eps": [], "grad": [], "losses": [], "calls": [], "codes": []}
+step, interrupt, broken = 0, None, None
+loss, q_sample, clip = script.Diffusion.loss, script.Diffusion.q_sample, torch.nn.utils.clip_grad_norm_
+train, sample, bound, load_images = script.train, script.Diffusion.sample, script.Diffusion.bound, script.load_images
 
-torch.manual_seed(0)
-model = script.UNet(widths=[32, 32], blocks=1, attention=[1], dropout=0)
-images = torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-torch.manual_seed(script.rank())
-script.autocast = lambda device: torch.autocast("cpu", enabled=False)
-ema, losses = script.train(Fixed(script.linear_beta(args.T)), model, images, args)
-share = script.joined(torch.full((2, 1, 1, 1), float(script.rank())))
-if script.rank() == 0:
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    torch.save({"grads": grads, "losses": losses, "share": share.flatten()}, sys.argv[3])
-if script.ranks() > 1:
-    torch.distributed.destroy_process_group()  # else the threads behind it can abort the process at its end
+def watched_loss(self, model, x0):
+    global step
+    step += 1
+    if step == interrupt and rank == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    value = loss(self, model, x0)
+    record["losses"].append(value.detach().clone())
+    return value * float("nan") if step == broken and rank == 1 else value
+
+def watched_q_sample(self, x0, t, eps):
+    record["x0"].append(x0), record["t"].append(t), record["eps"].append(eps)
+    return q_sample(self, x0, t, eps)
+
+def watched_clip(parameters, norm):
+    parameters = list(parameters)
+    record["grad"].append([p.grad.clone() for p in parameters])
+    return clip(parameters, norm)
+
+def watched_train(diffusion, model, *rest):
+    record["start"] = {name: value.clone() for name, value in model.state_dict().items()}
+    ema, losses = train(diffusion, model, *rest)
+    record["model"], record["ema"], record["mean losses"] = model.state_dict(), ema.state_dict(), losses
+    return ema, losses
+
+def called(name, function):
+    return lambda *args, **options: record["calls"].append(name) or function(*args, **options)
+
+def meet(backend, start=dist.init_process_group):
+    if record["codes"]:  # torchrun's store serves one meeting only
+        start(backend, init_method=f"file://{out}/store{len(record['codes'])}", rank=rank, world_size=2)
+    else:
+        start(backend)
+
+script.Diffusion.loss, script.Diffusion.q_sample, script.train = watched_loss, watched_q_sample, watched_train
+torch.nn.utils.clip_grad_norm_ = watched_clip
+script.Diffusion.sample, script.Diffusion.bound = called("sample", sample), called("bound", bound)
+script.load_images, dist.init_process_group = called("load_images", load_images), meet
+script.SMOKE["network"]["dropout"] = 0
+
+def main(*flags):
+    global step
+    step = 0
+    try:
+        script.main(["--smoke", "--device", "cpu", "--seed", "3", *map(str, flags)])
+        record["codes"].append(0)
+    except SystemExit as stop:
+        record["codes"].append(stop.code)
+    done = out / f"done{len(record['codes'])}"
+    if rank == 0:
+        done.touch()
+    while not done.exists():  # as in life: a run is resumed when all of it has ended
+        time.sleep(0.05)
+
+main("--out", out / f"rank{rank}", "--nll", "4")
+saved = {name: value for name, value in record.items() if name not in ("calls", "codes")}
+record["x0"], record["t"], record["eps"], record["grad"], record["losses"] = [], [], [], [], []
+saved["calls"] = list(record["calls"])
+interrupt = 3
+main("--out", out / "pieces")
+interrupt, saved["stopped after"] = None, len(record["mean losses"])
+main("--out", out / "pieces", "--resume")
+broken = 2
+main("--out", out / "broken", "--steps", "2")
+saved["codes"] = record["codes"]
+torch.save(saved, out / f"record{rank}.pt")
+dist.destroy_process_group()
 """
 
 
-def torchrun(*words, ranks=2):
-    """--standalone takes any port that is free."""
-    options = ["--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, "-u", "-m", "torch.distributed.run", *options, *map(str, words)]
+def torchrun(*words):
+    """Two ranks. --standalone takes any port that is free."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_ranks_have_the_gradients_of_one_process_with_the_whole_batch(tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    results = []
-    for name, start in (("one", [sys.executable, worker]), ("two", torchrun(worker))):
-        command = [*map(str, start), str(ROOT / "tests"), str(tmp_path / "out"), str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(tmp_path / name, weights_only=True))
-    one, two = results
-    assert one["share"].tolist() == [0, 0] and two["share"].tolist() == [0, 0, 1, 1]
-    assert two["losses"].item() == pytest.approx(one["losses"].item(), rel=1e-5)
-    size = max(grad.abs().max().item() for grad in one["grads"].values())
-    for name, grad in one["grads"].items():
-        assert (grad - two["grads"][name]).abs().max() < 1e-5 * size, name
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of the WORKER, and what its ranks 0 and 1 have written down."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "worker.py").write_text(WORKER)
+    with torchrun(folder / "worker.py", ROOT / "tests", folder) as process:
+        try:
+            _, error = process.communicate(timeout=150)
+        finally:
+            process.terminate()  # torchrun ends its ranks
+    assert process.returncode == 0, error
+    return folder, *(torch.load(folder / f"record{rank}.pt", weights_only=True) for rank in (0, 1))
 
 
-def test_two_ranks_resume_exactly(tmp_path):
-    flags = ["--smoke", "--steps", "40", "--device", "cpu"]
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-
-    def start(out, *more):
-        command = torchrun(ROOT / PAPER, *flags, "--out", out, *more)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-        )
-
-    for out, kill, more in ((whole, False, ()), (pieces, True, ()), (pieces, False, ("--resume",))):
-        with start(out, *more) as process:
-            if kill:
-                while "checkpoint.pt" not in (line := process.stdout.readline()):
-                    assert line, process.stderr.read()
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                _, error = process.communicate(timeout=200)
-                assert process.returncode == 0, error
-    assert 0 < json.loads((pieces / "metrics.json").read_text())["resumed_after"] < 40
-    for name in ("model.pt", "samples.png", "loss.png"):
-        assert (pieces / name).read_bytes() == (whole / name).read_bytes(), name
+def test_ranks_begin_and_end_with_equal_weights(two):
+    _, first, second = two
+    for part in ("start", "model", "ema"):
+        assert same(first[part], second[part]), part
+    assert not same(first["start"], first["model"])
+    assert same(first["mean losses"], second["mean losses"]) and first["codes"][:3] == second["codes"][:3] == [0] * 3
 
 
-@having("load_resumed", "ranks")
-def test_resuming_with_another_number_of_ranks_is_told(script, tmp_path, capsys):
-    script.main(["--smoke", "--out", str(tmp_path)])
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    checkpoint["settings"]["ranks"] = 2
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--smoke", "--resume", "--out", str(tmp_path)])
-    assert stop.value.code == 2 and "ranks was 2 and is now 1" in capsys.readouterr().err
+def test_ranks_see_images_times_and_noise_of_their_own(two):
+    """Two images each of a batch of 4; and no step's are those of another."""
+    _, first, second = two
+    for part in ("x0", "t", "eps"):
+        drawn = [*first[part][:6], *second[part][:6]]
+        assert all(len(value) == 2 for value in drawn)
+        equal = sum(torch.equal(drawn[i], drawn[j]) for i in range(12) for j in range(i))
+        assert equal == 0 if part != "t" else equal < 5
 
 
-@having("write_bound")
-def test_nll_writes_its_picture_and_number(script, tmp_path):
-    script.main(["--smoke", "--nll", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "metrics.json").read_text())["bits_per_dimension"] > 0
-    assert (tmp_path / "nll.png").stat().st_size > 1000
+def test_gradients_and_losses_are_means_over_the_ranks(two):
+    """As if one process had had the whole batch: computed here from what each rank saw in its first step."""
+    script, (_, first, second) = load(PAPER), two
+    model = script.UNet(widths=[8, 16], blocks=1, dropout=0)
+    model.load_state_dict(first["start"])
+    diffusion = script.Diffusion(script.linear_beta(10))
+    x0, t, eps = (torch.cat([first[part][0], second[part][0]]) for part in ("x0", "t", "eps"))
+    with script.autocast(x0.device):
+        loss = (model(diffusion.q_sample(x0, t, eps), t) - eps).square().mean()
+    loss.backward()
+    assert first["mean losses"][0].item() == pytest.approx(loss.item(), rel=1e-3)
+    for k in range(6):
+        mean = (first["losses"][k] + second["losses"][k]) / 2
+        assert first["mean losses"][k].item() == pytest.approx(mean.item(), rel=1e-6)
+    size = max(p.grad.abs().max() for p in model.parameters())
+    for p, got, other in zip(model.parameters(), first["grad"][0], second["grad"][0], strict=True):
+        assert torch.equal(got, other) and (got - p.grad).abs().max() < 0.01 * size
+    assert not same(first["grad"][0], first["grad"][1])
+
+
+def test_rank_0_alone_loads_draws_and_writes(two):
+    folder, first, second = two
+    written = {"samples.png", "samples.npz", "loss.png", "nll.png", "model.pt", "checkpoint.pt", "preview.png"}
+    assert {path.name for path in (folder / "rank0").iterdir()} == written
+    assert not (folder / "rank1").exists() and second["calls"] == []
+    assert first["calls"] == ["load_images", "sample", "load_images", "bound", "sample"]  # first comes the preview
+
+
+def test_ctrl_c_on_one_rank_stops_both_and_they_go_on_to_the_same_bits(two):
+    folder, first, second = two
+    assert first["stopped after"] == second["stopped after"] == 3
+    for name in ("model.pt", "checkpoint.pt"):
+        whole, pieces = (torch.load(folder / run / name, weights_only=True) for run in ("rank0", "pieces"))
+        assert same(whole, pieces), name
+    for name in ("samples.png", "loss.png"):
+        assert (folder / "rank0" / name).read_bytes() == (folder / "pieces" / name).read_bytes(), name
+
+
+def test_a_nan_on_one_rank_ends_both(two):
+    folder, first, second = two
+    assert first["codes"] == second["codes"] == [0, 0, 0, 2]
+
+
+def test_a_killed_rank_ends_the_other(tmp_path):
+    with torchrun(ROOT / PAPER, "--smoke", "--device", "cpu", "--steps", "1000000", "--out", tmp_path) as process:
+        try:
+            while not (tmp_path / "checkpoint.pt").exists():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ranks = {}
+            for pid in children:
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                ranks |= {entry: int(pid) for entry in environment if entry in (b"RANK=0", b"RANK=1")}
+            os.kill(ranks[b"RANK=1"], signal.SIGKILL)
+            process.communicate(timeout=60)
+            assert process.returncode != 0 and not Path(f"/proc/{ranks[b'RANK=0']}").exists()
+        finally:
+            process.terminate()
