@@ -3,7 +3,6 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, SCRIPTS
 
 HEADINGS = [
@@ -39,16 +38,16 @@ def test_same_name_same_source():
     assert [name for name, found in sources.items() if len(found) > 1] == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_stands_alone_in_the_order_of_the_lesson(script):
-    others, text = {Path(s).stem for s in SCRIPTS} | {"pytorch_lowlevel", "paper"}, (ROOT / script).read_text()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            assert not {alias.name.split(".")[0] for alias in node.names} & others
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module.split(".")[0] not in others
-    if not script.endswith("fid_is.py"):
-        lines = [line.strip("# -") for line in text.splitlines() if line.lstrip().startswith("# ")]
-        assert [line for line in lines if line in HEADINGS] == HEADINGS
-    assert ast.get_docstring(ast.parse(text)).count("\n") < 25
-    assert text.count("\n") <= LINES[Path(script).stem]
+def test_a_script_stands_alone_in_the_order_of_the_lesson():
+    for script in SCRIPTS:
+        others, text = {Path(s).stem for s in SCRIPTS} | {"pytorch_lowlevel", "paper"}, (ROOT / script).read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.split(".")[0] for alias in node.names} & others, script
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and node.module.split(".")[0] not in others, script
+        if not script.endswith("fid_is.py"):
+            lines = [line.strip("# -") for line in text.splitlines() if line.lstrip().startswith("# ")]
+            assert [line for line in lines if line in HEADINGS] == HEADINGS, script
+        assert ast.get_docstring(ast.parse(text)).count("\n") < 25, script
+        assert text.count("\n") <= LINES[Path(script).stem], script

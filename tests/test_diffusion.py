@@ -59,7 +59,7 @@ def test_q_sample_takes_a_time_for_each_image(script):
 
 
 @having("linear_beta", "Diffusion.q_posterior")
-@pytest.mark.parametrize("t", [2, 3, 500, 1000])
+@pytest.mark.parametrize("t", [2, 1000])
 def test_posterior_is_bayes_rule(script, t):
     """q(x_{t-1} | x_t, x_0): the product of two Gaussians in x_{t-1}, precisions added."""
     diffusion, (beta, alpha_bar) = exact(script), tables()
@@ -90,8 +90,7 @@ def test_predict_x0_undoes_q_sample(script):
 
 
 @having("linear_beta", "Diffusion.p_sample")
-@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-@pytest.mark.parametrize("t", [2, 77, 1000])
+@pytest.mark.parametrize("variance, t", [("beta", 2), ("beta_tilde", 77), ("beta", 1000)])
 def test_p_sample_is_algorithm_2(script, t, variance):
     """Unclipped, the step is (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) eps^) / sqrt(alpha_t) + sigma_t z."""
     diffusion, (beta, alpha_bar) = exact(script), tables()

@@ -528,8 +528,15 @@ BAD_LABELS = ["shorter", "floats", "negative", "beyond"]
 BAD_FLAGS = ["weights", "reference", "unlabelled", "few", "device", "seed", "out", "folder alone", "features", "flag"]
 
 
-@pytest.mark.parametrize("bad", [*BAD_SAMPLES, *BAD_ARRAYS, *BAD_LABELS, *BAD_FLAGS])
-def test_bad_input_is_one_line_and_nothing_is_written(bad, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("cases", [BAD_SAMPLES, BAD_ARRAYS, BAD_LABELS, BAD_FLAGS], ids=lambda cases: cases[0])
+def test_bad_input_is_one_line_and_nothing_is_written(cases, tmp_path, capsys, monkeypatch):
+    for bad in cases:
+        (tmp_path / bad).mkdir()
+        capsys.readouterr()
+        check_bad_input(bad, tmp_path / bad, capsys, monkeypatch)
+
+
+def check_bad_input(bad, tmp_path, capsys, monkeypatch):
     def find_classifier(*args):
         raise AssertionError("told only after training")
 

@@ -44,16 +44,16 @@ def test_time_embedding_values(script):
 
 
 @having("UNet.__init__", "UNet.forward")
-@pytest.mark.parametrize("shape", [{}, {"blocks": 2}, {"widths": [8, 16, 24]}])
-def test_unet_shapes(script, shape):
-    model = stirred(tiny(script, **shape))
-    xt, t = images(model, 3), torch.tensor([1, 500, 1000])
-    eps_hat = eps_of(model, xt, t)
-    assert eps_hat.shape == xt.shape and eps_hat.dtype == torch.float32
-    assert torch.allclose(eps_of(model, xt[1:2], t[1:2]), eps_hat[1:2], atol=1e-5)  # images do not see each other
-    assert not torch.allclose(eps_of(model, xt, t.flip(0)), eps_hat)  # the time counts
-    eps_hat.square().sum().backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None]
+def test_unet_shapes(script):
+    for shape in ({}, {"blocks": 2}, {"widths": [8, 16, 24]}):
+        model = stirred(tiny(script, **shape))
+        xt, t = images(model, 3), torch.tensor([1, 500, 1000])
+        eps_hat = eps_of(model, xt, t)
+        assert eps_hat.shape == xt.shape and eps_hat.dtype == torch.float32
+        assert torch.allclose(eps_of(model, xt[1:2], t[1:2]), eps_hat[1:2], atol=1e-5)  # images do not see each other
+        assert not torch.allclose(eps_of(model, xt, t.flip(0)), eps_hat)  # the time counts
+        eps_hat.square().sum().backward()
+        assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 @having("UNet.__init__", "UNet.forward")

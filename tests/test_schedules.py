@@ -321,7 +321,7 @@ def test_the_linear_network_serves_ddpm_mnist(tmp_path, capsys):
     assert "model_linear.pt" in one_line(PATH, ["--load", tmp_path, "--out", tmp_path / "out"], capsys)
 
 
-@pytest.mark.parametrize("part", ["-0.1", "1", "1.5", "nan", "0.96"])
-def test_skip_last_must_leave_a_step(part, tmp_path, capsys):
-    error = one_line(PATH, ["--smoke", "--skip-last", part, "--out", tmp_path / "out"], capsys)
-    assert "--skip-last" in error and not (tmp_path / "out").exists()
+def test_skip_last_must_leave_a_step(tmp_path, capsys):
+    for part in ("-0.1", "1", "1.5", "nan", "0.96"):
+        error = one_line(PATH, ["--smoke", "--skip-last", part, "--out", tmp_path / "out"], capsys)
+        assert "--skip-last" in error and not (tmp_path / "out").exists()
