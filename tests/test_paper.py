@@ -413,6 +413,9 @@ def test_the_network_sees_every_image_in_minus_one_to_one_and_half_of_them_mirro
     counts = ((left + right) // 15).bincount(minlength=18)[1:]
     assert (counts - 100).abs().max() < 4.5 * math.sqrt(1700 / 17 * 16 / 17)
     assert len({tuple(batch[:, 0, 0].flatten().tolist()) for batch in seen}) == 50  # no batch comes twice
+    for seed in (0, 1):
+        train(tmp_path, images, OneConvolution(), Recorder(script.linear_beta(10)), steps=1, batch_size=34, seed=seed)
+        assert torch.equal(seen[-1], seen[0]) == (seed == 0)
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -499,6 +502,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_bits(smoke, tmp_path, monke
     assert len(steps) == 3 and signal.getsignal(signal.SIGINT) is before
     assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]) == 3
     script.main(["--smoke", "--device", "cpu", "--resume", "--out", str(tmp_path)])
+    assert signal.getsignal(signal.SIGINT) is before
     for name in ("model.pt", "checkpoint.pt"):
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (smoke, tmp_path))), name
     for name in ("samples.png", "loss.png"):
