@@ -255,7 +255,7 @@ def train(diffusion, model, images, args, resumed=None):
     Writes checkpoint.pt and preview.png to args.out on the way. Ctrl-C ends it after the step that is running.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999: for long runs
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 suits long runs
     # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
