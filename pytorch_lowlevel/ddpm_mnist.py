@@ -8,11 +8,10 @@ pure noise x_T and removes a little of it at each step, down to x_0: a new digit
     python pytorch_lowlevel/ddpm_mnist.py --load runs/ddpm_mnist/model.pt   # draw only
 
 Writes to runs/ddpm_mnist/: samples.png, samples.npz (for paper/fid_is.py), denoising.png and denoising.gif (x_t, and
-below it the network's estimate of x_0), loss.png and model.pt. The data are MNIST, downloaded to data/. Where that
-fails, they are the 1,797 digits of 8x8 pixels that come with scikit-learn.
-
-On two CPU cores this takes about six minutes. With a GPU the network is larger and the training longer.
-Left out: the learned variance, the variational bound; colour, flips and resuming, which digits do not need.
+below it the network's estimate of x_0), loss.png and model.pt. The data are MNIST, downloaded to data/; where that
+fails, the 1,797 digits of 8x8 pixels that come with scikit-learn. On two CPU cores this takes about six minutes; with
+a GPU the network is larger and the training longer. Left out are the learned variance, the variational bound, and
+what digits do not need: colour, flips, resuming.
 """
 import argparse
 import copy
@@ -117,19 +116,14 @@ def time_embedding(t, d):
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def group_norm(c):
-    """Groups of 16 channels (all in one, if fewer): over narrower groups a CPU takes several times as long."""
-    return nn.GroupNorm(max(1, c // 16), c)
-
-
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W)."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
 
@@ -143,7 +137,7 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = group_norm(c), nn.Linear(c, 3 * c), nn.Linear(c, c)
+        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x):
@@ -173,8 +167,9 @@ class UNet(nn.Module):
             self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        self.last = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
-        nn.init.zeros_(self.last[-1].weight)
+        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
+        self.last = nn.Sequential(norm, nn.SiLU(), conv)
+        nn.init.zeros_(conv.weight)
 
     def forward(self, xt, t):
         e = self.time(time_embedding(t, self.d))  # (B, d_time)
@@ -236,8 +231,7 @@ def train(diffusion, model, images, args):
     losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:
         for step in (bar := tqdm(range(args.steps), "training")):
-            index = torch.randint(len(images), (args.batch_size,), device=images.device)
-            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
+            x0 = images[torch.randint(len(images), (args.batch_size,), device=images.device)] / 127.5 - 1  # in [-1, 1]
             with autocast(images.device):
                 loss = diffusion.loss(model, x0)
             optimizer.zero_grad()
@@ -261,8 +255,7 @@ def train(diffusion, model, images, args):
 # 7. Run -------------------------------------------------------------------------------------------------------
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4)
 CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2250, batch_size=32, lr=1.5e-3)
-SMOKE = dict(network=dict(channels=1, widths=[8, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="digits")
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "variance"]  # what model.pt remembers
+SMOKE = dict(network=dict(channels=1, widths=[16, 32], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="digits")
 
 
 def fail(message):
@@ -315,16 +308,15 @@ def main(argv=None):
     diffusion = Diffusion(linear_beta(args.T), args.device)
     torch.manual_seed(args.seed)
     model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
-    report, start = "", time.perf_counter()
+    start = time.perf_counter()
     if args.load:
         model.load_state_dict(saved["ema"])
         ema = model.eval()
     else:
         images, args.data = load_images(args.data, args.data_root)
-        print(f"{len(images):,} images of {args.data}; {sum(p.numel() for p in model.parameters()):,} parameters")
         ema, losses = train(diffusion, model, images.to(args.device), args)
-        report = f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
-        settings = {name: getattr(args, name) for name in SETTINGS}
+        print(f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}")
+        settings = {name: getattr(args, name) for name in ("steps", "T", "data", "seed", "samples", "variance")}
         torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
         axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
         axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1))
@@ -344,7 +336,7 @@ def main(argv=None):
     with autocast(args.device):
         x0 = diffusion.sample(recorder, (args.samples, 1, 28, 28), variance=args.variance)
     samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
-    report += f"{args.samples} samples in {time.perf_counter() - start:.0f} s"
+    print(f"{args.samples} samples in {time.perf_counter() - start:.0f} s: {args.out}")
     np.savez(args.out / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
     save_image(F.interpolate(samples / 255, scale_factor=2), args.out / "samples.png", nrow=math.isqrt(args.samples))
     moments = torch.stack(trajectory)[torch.linspace(0, args.T - 1, 31).long()].clamp(-1, 1) / 2 + 0.5
@@ -352,7 +344,6 @@ def main(argv=None):
     save_image(grids[::6], args.out / "denoising.png", nrow=1)
     frames = [to_pil_image(grid) for grid in grids]
     frames[0].save(args.out / "denoising.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
-    print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ HEADINGS = [
     "1. Forward process", "2. Training objective", "3. Sampling", "4. Network", "5. Data", "6. Training", "7. Run",
 ]  # fmt: skip
 LINES = dict(
-    ddpm_mnist=360, ddpm_cifar=410, ddpm_paper=500, cosine_schedule=410, ddim_sampling=410,
+    ddpm_mnist=350, ddpm_cifar=410, ddpm_paper=500, cosine_schedule=410, ddim_sampling=410,
     classifier_free_guidance=400, classifier_guidance=430, progressive_training=400, fid_is=320,
 )  # fmt: skip
 

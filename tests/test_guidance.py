@@ -469,7 +469,7 @@ def test_everything_stays_on_one_device(path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(x) or 0.5 if x.device == meta else item(x))
     images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8, device=meta), torch.zeros(20, dtype=int, device=meta)
     with meta:
-        model = script.UNet(1, [8, 16], 1, **{"classes": 10} if path == FREE else {})
+        model = script.UNet(1, [16, 32], 1, **{"classes": 10} if path == FREE else {})
     diffusion, y = script.Diffusion(script.linear_beta(10), meta), labels[:6]
     if path == FREE:
         ema, losses = train(path, model, images, labels, 3)

@@ -45,7 +45,7 @@ def test_time_embedding_values(script):
 
 @having("UNet.__init__", "UNet.forward")
 def test_unet_shapes(script):
-    for shape in ({}, {"blocks": 2}, {"widths": [8, 16, 24]}):
+    for shape in ({}, {"blocks": 2}, {"widths": [16, 32, 48]}):
         model = stirred(tiny(script, **shape))
         xt, t = images(model, 3), torch.tensor([1, 500, 1000])
         eps_hat = eps_of(model, xt, t)
@@ -78,7 +78,7 @@ def test_a_new_network_predicts_no_more_than_its_bias(script):
 @having("AttentionBlock.forward")  # test_paper.py counts the blocks of the paper's network
 def test_attention_stands_where_it_is_asked_for(script):
     """After each block of that resolution, on the way down and up, and in the middle."""
-    model = tiny(script, widths=[8, 8, 16], blocks=2, attention=[1])
+    model = tiny(script, widths=[16, 16, 32], blocks=2, attention=[1])
     held = [[isinstance(block, script.AttentionBlock) for block in level] for level in (*model.down, *model.up)]
     assert held == [[False] * 3, [True, True, False], [False, True, True], [False] * 3]
     model, t = stirred(model), torch.tensor([7])
