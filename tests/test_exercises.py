@@ -15,10 +15,84 @@ EXERCISES = sorted((ROOT / "exercises").glob("0*.md"))
 SECTIONS = ["Goal", "Predict", "Build", "Draw", "Break it", "Explain"]
 
 # What takes long in an exercise, and what the tests take in its place: {exercise: {text: text}}.
-SHORTER = {}
+SHORTER = {
+    "01_noise_schedule": {"(16, 1, 28, 28)": "(1, 1, 28, 28)"},
+    "02_sampling_steps": {"(5, 10, 20, 50)": "(5, 10)", "linspace(0, 1, 12)": "linspace(0, 1, 2)", "N = 200": "N = 2"},
+    "03_guidance_scale": {
+        **{"w, 30)": "w, 2)", "draw(y, w, 20)": "draw(y, w, 1)", "28, 28), 30)": "28, 28), 2)"},
+        **{"10), 600": "10), 3", '"mnist", "data"': '"digits", None'},
+    },
+    "04_fid": {
+        **{'"mnist", "data"': '"digits", None', "pt\"), 1000": "pt\"), 20", "range(60)": "range(2)"},
+        "(50, 100, 200, 500, 1000, 2000, 5000)": "(50, 100)",
+    },
+}
 
 # Wrong solutions that the check must refuse: {exercise: {function: [(right, wrong), ...]}}.
-MISTAKES = {}
+MISTAKES = {
+    "01_noise_schedule": {
+        "cosine_beta": [
+            *[("max=0.999", "max=0.99"), ("(1 + s)", "(1 + 2 * s)"), ("f[1:] / f[:-1]", "f[:-1] / f[1:]")],
+            *[("float64", "float32"), ("torch.cat([torch.zeros(1), beta.clamp(max=0.999)])", "beta.clamp(max=0.999)")],
+        ],
+        "log_snr": [("(alpha_bar / (1 - alpha_bar))", "alpha_bar"), (".log()", ".sqrt().log()"), (".log()", "")],
+        "same_noise": [("1 + ", ""), ("argmin", "argmax"), ("[None, 1:]", "[None]")],
+        "respaced_beta": [
+            ("(1 - beta).cumprod(0)[:: (len(beta) - 1) // S]", "1 - beta[:: (len(beta) - 1) // S]"),
+            ("return torch.cat([torch.zeros(1), 1 - alpha_bar[1:] / alpha_bar[:-1]])", "return beta[: S + 1]"),
+        ],
+    },
+    "02_sampling_steps": {
+        "ddim_timesteps": [
+            *[("range(S, 0, -1)", "range(S - 1, -1, -1)"), ("round(T * i / S)", "(T // S) * i")],
+            *[("round(T * i / S)", "round(1 + (T - 1) * i / S)"), ("range(S, 0, -1)", "range(1, S + 1)")],
+        ],
+        "ddim_step": [
+            *[("eta**2", "eta"), ("- sigma2)", ")"), ("(1 - a / b)", "(1 - b / a)"), ("sigma2.sqrt()", "sigma2")],
+            *[("        eps_hat = (xt - a.sqrt() * x0_hat) / (1 - a).sqrt()\n", ""), ("    if clip:", "    if True:")],
+            *[("        x0_hat = x0_hat.clamp(-1, 1)\n", ""), ("sigma2.sqrt() * z", "(1 - a / b).sqrt() * z")],
+        ],
+        "ddim_sample": [
+            *[("tau[1:] + [0]", "tau[1:] + [1]"), ("torch.full((len(xt),), t)", "torch.full((len(xt),), t_next)")],
+            *[("torch.full((len(xt),), t)", "t"), ("torch.randn_like(xt)", "torch.ones_like(xt)")],
+        ],
+        "slerp": [
+            ("(((1 - w) * omega).sin() * x1 + (w * omega).sin() * x2) / omega.sin()", "(1 - w) * x1 + w * x2"),
+            ("((1 - w) * omega).sin() * x1 + (w * omega).sin()", "(w * omega).sin() * x1 + ((1 - w) * omega).sin()"),
+        ],
+    },
+    "03_guidance_scale": {
+        "drop_labels": [
+            *[("torch.rand(len(y))", "torch.rand(1)"), ("< probability", "> probability")],
+            *[("torch.where(torch.rand(len(y)) < probability, -1, y)", "y.masked_fill_(torch.rand(len(y)) < 0.1, -1)")],
+        ],
+        "guided_eps": [
+            *[("eps_null + w * (eps_y - eps_null)", "eps_y + w * (eps_null - eps_y)"), ("eps_null + w", "eps_y + w")],
+            ("torch.full_like(y, -1)", "y.fill_(-1)"),
+        ],
+        "classifier_eps": [
+            *[("eps_hat - s", "eps_hat + s"), ("(1 - alpha_bar_t).sqrt() * ", ""), (".log_softmax(1)", "")],
+            ("(1 - alpha_bar_t).sqrt()", "(1 - alpha_bar_t)"),
+        ],
+    },
+    "04_fid": {
+        "inception_score": [
+            *[("special.xlogy(p, p)", "mul(p, p.log())"), (".sum(1).mean()", ".mean()"), (".exp().item()", ".item()")],
+            ("- mean_entropy)", "+ mean_entropy)"),
+        ],
+        "fid": [
+            *[("- 2 * overlap", "- overlap"), (".square().sum()\n", ".abs().sum()\n")],
+            ("svdvals(roots[0] @ roots[1]).sum()", "eigvals(S1 @ S2).real.sqrt().sum()"),
+            ("features1.T.cov(), features2.T.cov()", "features1.var(0).diag(), features2.var(0).diag()"),
+            ("svdvals(roots[0] @ roots[1]).sum()", "eigvalsh(roots[0] @ roots[1]).sum()"),
+        ],
+        "fid_of": [
+            ("randperm(len(features))[:n]", "randint(len(features), (n,))"),
+            ("randperm(len(features))[:n]", "arange(n)"),
+            ("found.mean().item(), found.std().item()", "found.mean().item()"),
+        ],
+    },
+}
 
 each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=[path.stem for path in EXERCISES])
 
