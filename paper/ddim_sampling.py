@@ -326,6 +326,7 @@ def main(argv=None):
     flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
     flag("--data-root", default="data", help="folder of MNIST (data)")
     flag("--seed", type=int, default=0, help="of all random numbers (0)")
+    flag("--S", type=int, nargs="+", default=[5, 10, 20, 50, 100, 1000], help="steps to draw in (5 10 20 50 100 1000)")
     flag("--samples", type=int, help="images to draw with each sampler and S (2000 with CUDA, else 128)")
     flag("--clip", action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] (yes)")
     flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
@@ -348,8 +349,8 @@ def main(argv=None):
     folder = "loaded" if args.load else "smoke" if args.smoke else ""
     parser.set_defaults(out=Path("runs/ddim_sampling", folder), **defaults)
     args = parser.parse_args(argv)
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=8, seed=0).items():
-        if not least <= getattr(args, name) <= 10**7:
+    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=8, seed=0, S=1).items():
+        if not all(least <= value <= 10**7 for value in np.ravel(getattr(args, name))):
             fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
     try:
         args.device = torch.ones(1, device=args.device).device
@@ -380,12 +381,14 @@ def main(argv=None):
     xT = torch.randn(args.samples, 1, 28, 28, device=args.device)
     steps, etas, seconds, start = {}, {}, [], time.perf_counter()
     with autocast(args.device):
-        for S, name, x0 in compare(xT, diffusion, ema, (5, 10, 20, 50, 100, args.T), SAMPLERS, args.seed, args.clip):
+        for S, name, x0 in compare(xT, diffusion, ema, args.S, SAMPLERS, args.seed, args.clip):
             samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
             seconds.append(time.perf_counter() - start - sum(seconds))
             print(f"{name:9} {S:6} calls of the network {seconds[-1]:9.1f} s")
             np.savez(args.out / f"{name}_{S:04}.npz", samples.permute(0, 2, 3, 1).numpy())
             steps.setdefault(name.upper(), {})[f"S = {S}"] = x0[:8]
+            if name == "ddim":  # of the most steps, in the end
+                save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / "samples.png")
         for S, name, x0 in compare(xT[:8], diffusion, ema, (20, 100), ETAS, args.seed, args.clip):
             etas.setdefault(f"S = {S}", {})[name] = x0
         arcs = {n + 1: torch.stack([slerp(xT[n], xT[n + 4], k / 10) for k in range(11)]) for n in range(4)}
@@ -393,7 +396,6 @@ def main(argv=None):
         x0 = others.to(args.device) / 127.5 - 1
         found = diffusion.ddim_invert(ema, x0, min(200, args.T))
         back = diffusion.ddim_sample(ema, None, min(200, args.T), clip=False, xT=found)
-    save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / "samples.png")  # DDIM, S = T
     save_labelled(args.out / "steps.png", {name: steps[name] for name in ("DDPM", "DDIM")})
     save_labelled(args.out / "eta.png", etas)
     save_labelled(args.out / "interpolation.png", {"": arcs})
