@@ -26,6 +26,11 @@ SHORTER = {
         **{'"mnist", "data"': '"digits", None', "pt\"), 1000": "pt\"), 20", "range(60)": "range(2)"},
         "(50, 100, 200, 500, 1000, 2000, 5000)": "(50, 100)",
     },
+    "05_elbo": {
+        "[:48]": "[:2]",
+        "*range(11), *torch.logspace(1, 3, 40)": "*torch.logspace(0, 3, 4)",
+        "range(T, 0, -1)": "range(2, 0, -1)",
+    },
 }
 
 # Wrong solutions that the check must refuse: {exercise: {function: [(right, wrong), ...]}}.
@@ -90,6 +95,47 @@ MISTAKES = {
             ("randperm(len(features))[:n]", "randint(len(features), (n,))"),
             ("randperm(len(features))[:n]", "arange(n)"),
             ("found.mean().item(), found.std().item()", "found.mean().item()"),
+        ],
+    },
+    "05_elbo": {
+        "q_posterior": [
+            ("at(alpha_bar, t - 1)", "at(alpha_bar, t)"),
+            ("before.sqrt() * at(beta, t)", "before * at(beta, t)"),
+            ("at(alpha, t).sqrt()", "at(alpha, t)"),
+            ("return mean, variance", "return mean, variance.sqrt()"),
+            ("return mean, variance", "return mean"),
+        ],
+        "chain_log_q": [
+            (" + last.sum()", ""),
+            ("x[1:T]", "x[2:]"),
+            ("(x[1:T], mean, variance)", "(x[:T], *q_posterior(x[:1], x[1:], torch.arange(1, T + 1)))"),
+            ("x[2:], torch.arange(2, T + 1)", "x[2:], torch.arange(1, T)"),
+        ],
+        "gaussian_kl": [
+            ("variance1 / variance2", "variance2 / variance1"),
+            ("0.5 * (", "("),
+            ("ratio - 1 -", "ratio -"),
+            ("** 2 / variance2", "** 2 / variance1"),
+        ],
+        "loss_weight": [
+            ("at(beta, t) ** 2", "at(beta, t)"),
+            ("at(alpha, t)", "at(alpha_bar, t)"),
+            ("(2 * ", "("),
+            ("sigma2(t, variance)", 'sigma2(t, "beta")'),
+        ],
+        "bound_term": [
+            ("t, one = k + 1,", "t, one = max(k, 1),"),
+            (".clamp(-1, 1)", ""),
+            (" / math.log(2)", ""),
+            (".mean((1, 2, 3))", ".sum((1, 2, 3))"),
+            ('sigma2(2, "beta_tilde").sqrt()', "beta[1].sqrt()"),
+            ('sigma2(2, "beta_tilde").sqrt()', 'sigma2(1, "beta_tilde").sqrt()'),
+            ("q_posterior(x0_hat, xt, t)", "q_posterior(x0, xt, t)"),
+            (  # break-it task 2: the KL the wrong way round
+                "*q_posterior(x0, xt, t), mean, sigma2(t, variance)",
+                "mean, sigma2(t, variance), *q_posterior(x0, xt, t)",
+            ),
+            ("1 - alpha_bar[T]", "alpha_bar[T]"),
         ],
     },
 }
