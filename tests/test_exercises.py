@@ -31,6 +31,10 @@ SHORTER = {
         "*range(11), *torch.logspace(1, 3, 40)": "*torch.logspace(0, 3, 4)",
         "range(T, 0, -1)": "range(2, 0, -1)",
     },
+    "00_ddpm": {"steps = 6000": "steps = 30",
+                "(2000, 2), beta, alpha_bar)\nmoments": "(9, 2), beta, alpha_bar)\nmoments",
+                "(16, 1, 28, 28), *schedule(1000)": "(1, 1, 28, 28), *schedule(5)",
+                "[1000, 600, 300, 100, 0]": "[5, 3, 2, 1, 0]"},
 }
 
 # Wrong solutions that the check must refuse: {exercise: {function: [(right, wrong), ...]}}.
@@ -137,6 +141,24 @@ MISTAKES = {
             ),
             ("1 - alpha_bar[T]", "alpha_bar[T]"),
         ],
+    },
+    "00_ddpm": {
+        "schedule": [(".cumprod(0)", ""), (".cumprod(0)", ".cumsum(0)"), ("torch.zeros(T + 1, dtype=torch.float64)",
+                     "torch.zeros(T + 1)"), ("0.1 / T", "0.0001"), ("return beta", "return beta.sqrt()"),
+                    ("(1 - beta).cumprod(0)", "(1 - beta).cumprod(0)[1:]")],
+        "q_sample": [("(1 - a).sqrt() * eps", "(1 - a) * eps"), ("a.sqrt() * x0", "a * x0"), ("t, x0)", "t - 1, x0)"),
+                     ("(1 - a).sqrt()", "at(1 - alpha_bar / alpha_bar.roll(1), t, x0).sqrt()"), ("return a", "a")],
+        "loss": [("torch.randint(1,", "torch.randint(0,"), ("len(alpha_bar),", "len(alpha_bar) - 1,"),
+                 ("alpha_bar), t)", "alpha_bar), t - 1)"), ("- eps)", "- x0)"), (".mean()", ".sum()"),
+                 ("(len(x0),))", "(1,)).expand(len(x0))"), ("torch.randn_like", "torch.rand_like")],
+        "p_sample": [("(len(xt),), t)", "(len(xt),), t + 1)"), ("(len(xt),), t)", "(len(xt),), t - 1)"),
+                     ("if t == 1:", "if t == 0:"), ("b.sqrt() * torch", "b * torch"), ("if clip:", "if False:"),
+                     ("(xt - (1", "(xt + (1"), ("/ a.sqrt()", "/ a"), ("t - 1, xt)", "t, xt)"),
+                     ("return mean +", "mean +"), ("x0_hat + (1 - b).sqrt()", "x0_hat + (1 - b)"),
+                     ("torch.randn_like(xt)", "torch.randn(1)")],
+        "sample": [("- 1, 0, -1)", "- 1, 1, -1)"), ("len(beta) - 1,", "len(beta) - 2,"), ("walk[::-1]", "walk"),
+                   ("torch.randn(", "torch.zeros("), ("torch.stack(walk[::-1])", "walk[-1]"),
+                   ("range(len(beta) - 1, 0, -1)", "range(1, len(beta))"), ("walk[-1],", "walk[0],")],
     },
 }
 
