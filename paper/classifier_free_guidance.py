@@ -290,7 +290,7 @@ def train_conditional(diffusion, model, images, labels, args):
 NETWORK = dict(channels=1, classes=10)
 GPU = dict(network=NETWORK | dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
 CPU = dict(network=NETWORK | dict(widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3, samples=200)
-SMOKE = dict(network=NETWORK | dict(widths=[16, 32], blocks=1), steps=3, batch_size=4, T=10, samples=20, data="digits")
+SMOKE = dict(network=NETWORK | dict(widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=20, data="digits")
 SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "w", "sampler", "clip"]  # kept in model.pt
 
 

@@ -319,7 +319,7 @@ def accuracy_by_t(diffusion, classifier, images, labels):
 # 7. Run -------------------------------------------------------------------------------------------------------
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
 CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=1600, batch_size=32, lr=1.5e-3, samples=200)
-SMOKE = dict(network=CPU["network"] | dict(widths=[16, 32]), steps=3, batch_size=4, T=10, samples=20, data="digits")
+SMOKE = dict(network=CPU["network"] | dict(widths=[16, 16]), steps=3, batch_size=4, T=10, samples=20, data="digits")
 SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "s", "clip"]  # kept in model.pt
 
 

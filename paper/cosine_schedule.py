@@ -279,7 +279,7 @@ def loss_by_t(diffusion, model, images, n=2000):
 # 7. Run -------------------------------------------------------------------------------------------------------
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, S=1000)
 CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=1200, batch_size=32, lr=1.5e-3, S=100)
-SMOKE = dict(network=dict(channels=1, widths=[16, 32], blocks=1), steps=3, batch_size=4, T=10, samples=8, data="digits")
+SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=8, data="digits")
 SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "S", "skip_last"]  # what a model.pt remembers
 SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta}
 LINES = {"linear": dict(color="#0072B2", label="linear"), "cosine": dict(color="#D55E00", ls="--", label="cosine")}

@@ -299,7 +299,7 @@ def race(diffusion, images_of, held_out, cost, args):
 # 7. Run -------------------------------------------------------------------------------------------------------
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
 CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=800, batch_size=32, lr=1.5e-3, samples=128)
-SMOKE = dict(network=dict(channels=1, widths=[16, 32], blocks=1), steps=4, batch_size=4, T=10, samples=8, data="digits")
+SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=4, batch_size=4, T=10, samples=8, data="digits")
 SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples"]  # what a model.pt remembers
 
 

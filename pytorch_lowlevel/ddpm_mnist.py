@@ -255,7 +255,7 @@ def train(diffusion, model, images, args):
 # 7. Run -------------------------------------------------------------------------------------------------------
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4)
 CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2250, batch_size=32, lr=1.5e-3)
-SMOKE = dict(network=dict(channels=1, widths=[16, 32], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="digits")
+SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="digits")
 
 
 def fail(message):
