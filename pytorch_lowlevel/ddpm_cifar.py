@@ -309,7 +309,7 @@ GPU = dict(network=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attent
 GPU |= dict(steps=100_000, batch_size=128, lr=2e-4, save_every=2000, preview_every=10_000)
 CPU = dict(network=dict(channels=3, widths=[32, 64, 128], blocks=1), compile=False)
 CPU |= dict(steps=3200, batch_size=32, lr=1.5e-3, save_every=250, preview_every=1600)
-SMOKE = dict(network=dict(channels=3, widths=[16, 16], blocks=1, attention=[0]), compile=False, data="photos")
+SMOKE = dict(network=dict(channels=3, widths=[16, 16, 16], blocks=1, attention=[1]), compile=False, data="photos")
 SMOKE |= dict(T=10, samples=4, steps=6, batch_size=4, save_every=2, preview_every=5)
 SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "variance"]  # what the files remember
 
