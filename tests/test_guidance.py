@@ -453,7 +453,7 @@ def test_the_noisy_classifier_learns_and_knows_less_of_more_noise():
     torch.manual_seed(0)
     (images, labels), diffusion = black_and_white(4000, 2), script.Diffusion(script.linear_beta())
     loss_of = partial(script.classifier_loss, diffusion)
-    classifier, _ = train(GUIDED, script.NoisyClassifier(1, [8, 16], 2), images, labels, 150, 64, 1e-3, loss_of)
+    classifier, _ = train(GUIDED, script.NoisyClassifier(1, [16, 16], 2), images, labels, 150, 64, 1e-3, loss_of)
     accuracy = script.accuracy_by_t(diffusion, classifier, images, labels)
     assert accuracy.shape == (20,) and accuracy[:5].min() > 0.95
     assert 0.35 < accuracy[-3:].mean() < 0.65 and accuracy[:8].mean() > accuracy[8:14].mean() > accuracy[14:].mean()
@@ -469,14 +469,14 @@ def test_everything_stays_on_one_device(path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda x: waits.append(x) or 0.5 if x.device == meta else item(x))
     images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8, device=meta), torch.zeros(20, dtype=int, device=meta)
     with meta:
-        model = script.UNet(1, [16, 32], 1, **{"classes": 10} if path == FREE else {})
+        model = script.UNet(1, [16, 16], 1, **{"classes": 10} if path == FREE else {})
     diffusion, y = script.Diffusion(script.linear_beta(10), meta), labels[:6]
     if path == FREE:
         ema, losses = train(path, model, images, labels, 3)
         eps_of = partial(script.guided_eps, ema, y=y, w=3)
     else:
         with meta:
-            classifier = script.NoisyClassifier(1, [8, 16], 10)
+            classifier = script.NoisyClassifier(1, [16, 16], 10)
         ema, _ = train(path, model, images, labels, 3, loss_of=lambda network, x0, y: diffusion.loss(network, x0))
         loss_of = partial(script.classifier_loss, diffusion)
         guide, losses = train(path, classifier, images, labels, 3, loss_of=loss_of)
