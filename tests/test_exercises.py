@@ -35,6 +35,7 @@ SHORTER = {
                 "(2000, 2), beta, alpha_bar)\nmoments": "(9, 2), beta, alpha_bar)\nmoments",
                 "(16, 1, 28, 28), *schedule(1000)": "(1, 1, 28, 28), *schedule(5)",
                 "[1000, 600, 300, 100, 0]": "[5, 3, 2, 1, 0]"},
+    "06_unet": {"(script[\"linear_beta\"]())": "(script[\"linear_beta\"](3))"},
 }
 
 # Wrong solutions that the check must refuse: {exercise: {function: [(right, wrong), ...]}}.
@@ -159,6 +160,27 @@ MISTAKES = {
         "sample": [("- 1, 0, -1)", "- 1, 1, -1)"), ("len(beta) - 1,", "len(beta) - 2,"), ("walk[::-1]", "walk"),
                    ("torch.randn(", "torch.zeros("), ("torch.stack(walk[::-1])", "walk[-1]"),
                    ("range(len(beta) - 1, 0, -1)", "range(1, len(beta))"), ("walk[-1],", "walk[0],")],
+    },
+    "06_unet": {
+        "time_embedding": [("(d // 2 - 1)", "(d // 2)"), ("10_000 **", "1000 **"), ("[angle.sin(), angle.cos()]",
+                           "[angle.cos(), angle.sin()]"), ("dim=1)", "dim=1)[:, :-2]"), ("dim=1)", "dim=1).long()"),
+                           ("torch.cat([angle.sin(), angle.cos()], dim=1)",
+                            "torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)"),
+                           ("10_000 ** (-k / (d // 2 - 1))", "torch.linspace(1, 1e-4, d // 2)")],
+        "ResBlock": [("h = h + self.time(e)[:, :, None, None]", ""), ("self.skip(x) + h", "h"), ("(x) + h", "(x)"),
+                     ("F.silu(self.norm1(x))", "self.norm1(F.silu(x))"), ("F.silu(self.norm1(x))", "F.silu(x)"),
+                     ("F.silu(self.norm2(h))", "self.norm2(h)"), ("self.skip(x)", "x"), ("c_in // 16", "c_in // 32"),
+                     ("self.time(e)[:, :, None, None]", "self.time(e)[:, :, None]"), ("self.skip = nn.Identity() if "
+                      "c_in == c_out else", "self.skip ="), ("(c_in, c_out, 3, padding=1)", "(c_in, c_out, 3)")],
+        "Attention": [("dim=2)\n        return", "dim=1)\n        return"), (" / q.shape[2] ** 0.5", ""),
+                      ("q, k, v =", "k, v, q ="), ("return x +", "return"), ("self.norm(x)", "x"),
+                      (".transpose(1, 2).reshape", ".reshape"), ("flatten(2).transpose(1, 2)",
+                       "reshape(len(x), -1, 128)"), (".softmax(dim=2)", "")],
+        "UNet": [("skips.pop()", "torch.zeros_like(skips.pop())"), ("e = self.time(time_embedding(t, 32))",
+                 "e = 0 * self.time(time_embedding(t, 32))"), ("        h = self.middle[1](h)\n", ""), ("skips.pop()",
+                 "skips.pop(0)"), ("[upsample(h), skips.pop()]", "[skips.pop(), upsample(h)]"), ("(2 * c, c, 128)",
+                 "(c, c, 128)"), ("(1, 32, 3, padding=1)", "(1, 32, 3)"), ("return self.last(h)", "return h"),
+                 (", nn.SiLU())\n        self.first", ")\n        self.first"), ("skips.append(h)", "pass")],
     },
 }
 
