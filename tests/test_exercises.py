@@ -65,6 +65,7 @@ MISTAKES = {
         "ddim_sample": [
             *[("tau[1:] + [0]", "tau[1:] + [1]"), ("torch.full((len(xt),), t)", "torch.full((len(xt),), t_next)")],
             *[("torch.full((len(xt),), t)", "t"), ("torch.randn_like(xt)", "torch.ones_like(xt)")],
+            *[("torch.randn_like(xt)", "torch.sin(99 * xT)"), ("= model(xt,", "= model(xT,")],
         ],
         "slerp": [
             ("(((1 - w) * omega).sin() * x1 + (w * omega).sin() * x2) / omega.sin()", "(1 - w) * x1 + w * x2"),
@@ -82,7 +83,7 @@ MISTAKES = {
         ],
         "classifier_eps": [
             *[("eps_hat - s", "eps_hat + s"), ("(1 - alpha_bar_t).sqrt() * ", ""), (".log_softmax(1)", "")],
-            ("(1 - alpha_bar_t).sqrt()", "(1 - alpha_bar_t)"),
+            *[("(1 - alpha_bar_t).sqrt()", "(1 - alpha_bar_t)"), ("torch.enable_grad()", "torch.no_grad()")],
         ],
     },
     "04_fid": {
@@ -99,7 +100,7 @@ MISTAKES = {
         "fid_of": [
             ("randperm(len(features))[:n]", "randint(len(features), (n,))"),
             ("randperm(len(features))[:n]", "arange(n)"),
-            ("found.mean().item(), found.std().item()", "found.mean().item()"),
+            *[("found.mean().item(), found.std().item()", "found.mean().item()"), ("found.std()", "found.var()")],
         ],
     },
     "05_elbo": {
