@@ -142,6 +142,7 @@ MISTAKES = {
                 "mean, sigma2(t, variance), *q_posterior(x0, xt, t)",
             ),
             ("1 - alpha_bar[T]", "alpha_bar[T]"),
+            ("xt = signal * x0", "xt = signal**2 * x0"),
         ],
     },
     "00_ddpm": {
