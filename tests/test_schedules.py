@@ -95,7 +95,7 @@ def test_loss_by_t_tells_the_bands_apart():
     def model(xt, t):
         return torch.where(t.view(-1, 1, 1, 1) > 500, 0, 1) * oracle(xt, t)
 
-    loss = script.loss_by_t(script.Diffusion(script.linear_beta()), model, images)
+    loss = script.loss_by_t(script.Diffusion(script.linear_beta()), model, images, 2000)
     assert loss.shape == (20,) and loss[:10].max() < 1e-5
     assert torch.allclose(loss[10:], torch.ones(10), atol=5 * math.sqrt(2 / 6400))
 
@@ -112,7 +112,7 @@ def test_loss_by_t_shows_both_networks_the_same_images_t_and_noise(T):
             return xt
 
         torch.randn(7)  # whatever was drawn before
-        script.loss_by_t(script.Diffusion(script.SCHEDULES[schedule](T)), model, images)
+        script.loss_by_t(script.Diffusion(script.SCHEDULES[schedule](T)), model, images, 2000)
         xt, t = (torch.cat(parts).double() for parts in zip(*seen, strict=True))
         counts = t.long().bincount(minlength=T + 1)
         assert len(t) == 2000 and counts[0] == 0 and counts[1:].max() - counts[1:].min() <= 1
@@ -164,12 +164,12 @@ def test_which_schedule_made_which_file_row_and_line(monkeypatch, tmp_path, caps
     # The loss of x0_hat = c on an image of level k is alpha_bar / (1 - alpha_bar) (x_0 - c)^2.
     [over_t, over_snr] = figures["loss_by_t.png"].axes
     held_out = load(PATH).load_images("", "")[0][torch.randperm(240, generator=torch.Generator().manual_seed(0))[:40]]
-    x0 = held_out[torch.arange(2000) % 40, 0, 0, 0] / 127.5 - 1
+    x0 = held_out[torch.arange(100) % 40, 0, 0, 0] / 127.5 - 1
     printed = capsys.readouterr().out.splitlines()[-1]
     for line, snr, name, color in zip(over_t.lines, over_snr.lines, networks, (BLUE, ORANGE), strict=True):
         alpha_bar, t = ALPHA_BAR[name](20), np.arange(1, 21)
-        error = (x0.numpy() - networks[name].c) ** 2 * np.repeat(alpha_bar[t] / (1 - alpha_bar[t]), 100)
-        loss = error.reshape(20, 100).mean(1)
+        error = (x0.numpy() - networks[name].c) ** 2 * np.repeat(alpha_bar[t] / (1 - alpha_bar[t]), 5)
+        loss = error.reshape(20, 5).mean(1)
         assert line.get_label() == name and line.get_color() == snr.get_color() == color
         assert line.get_xdata().tolist() == t.tolist() and np.allclose(line.get_ydata(), loss, rtol=0.02)
         assert np.allclose(snr.get_xdata(), np.log(alpha_bar[t] / (1 - alpha_bar[t])), atol=1e-2)
@@ -232,9 +232,9 @@ def test_both_trainings_have_the_same_weights_randomness_and_images(monkeypatch,
     assert torch.equal(one[1], two[1]) and torch.equal(one[2], two[2]) and torch.equal(one[3], two[3])
     seen, loss_by_t = [], load(PATH).loss_by_t
 
-    def watched(diffusion, model, images):
+    def watched(diffusion, model, images, n):
         seen.append(images)
-        return loss_by_t(diffusion, model, images)
+        return loss_by_t(diffusion, model, images, n)
 
     _, [other, _], _ = run(monkeypatch, tmp_path, "--seed", "6", loss_by_t=watched)
     assert not torch.equal(other[1], one[1])
