@@ -308,9 +308,9 @@ def main(argv=None):
     if args.plot and sum(y is not None for _, _, y in sets) > 1:
         axes = Figure(figsize=(7, 4), layout="constrained").subplots()
         for name, row, _ in (row for row in shown if "accuracy" in row[1]):
-            axes.plot(row["diversity"], row["accuracy"], "k*" if name == "real images" else "o")
-            axes.annotate(name, (row["diversity"], row["accuracy"]), (4, 4), textcoords="offset points", rotation=40)
-        axes.set(xlabel="diversity: variance within a class", ylabel="accuracy", ylim=(0, 1.3))
+            axes.plot(row["diversity"], row["accuracy"], "k*" if name == "real images" else "o", label=name)
+        axes.set(xlabel="diversity: variance within a class", ylabel="accuracy", ylim=(0, 1.05))
+        axes.figure.legend(loc="outside right upper", fontsize=8)
         axes.figure.savefig(args.out / "tradeoff.png")
     print(f"\n{len(sets)} sets scored in {time.perf_counter() - start:.0f} s: {args.out}")
 

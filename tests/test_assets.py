@@ -1,20 +1,22 @@
 """The trained networks in assets/."""
 import pytest
 import torch
-from conftest import MNIST, ROOT, load
+from conftest import CIFAR, MNIST, ROOT, load
 
 FREE = "paper/classifier_free_guidance.py"
 
 
-@pytest.mark.parametrize("name, path", [("ddpm_mnist", MNIST), ("classifier_free_guidance", FREE)])
-def test_a_trained_network_knows_digits(name, path):
-    """Half-precision weights, no folder in the settings; it predicts noise in digits that it has never seen."""
+@pytest.mark.parametrize(
+    "name, path, data", [("ddpm_mnist", MNIST, "digits"), ("classifier_free_guidance", FREE, "digits"), ("ddpm_cifar", CIFAR, "photos")]
+)
+def test_a_trained_network_knows_images(name, path, data):
+    """Half-precision weights, no folder in the settings; it predicts noise in images that it has never seen."""
     saved, script = torch.load(ROOT / "assets" / f"{name}.pt", weights_only=True), load(path)
     assert set(saved) == {"network", "ema", "settings"} and "/" not in str(saved["settings"])
     assert {weight.dtype for weight in saved["ema"].values()} == {torch.float16}
     network, diffusion = script.UNet(**saved["network"]).eval(), script.Diffusion(script.linear_beta())
     network.load_state_dict(saved["ema"])
-    images, *labels, _ = script.load_images("digits", None)
+    images, *labels, _ = script.load_images(data, None)
     x0, labels = images[:64] / 127.5 - 1, [y[:64] for y in labels]
     for told, low, high in ((lambda t: t, 0.02, 0.2), (lambda t: 1001 - t, 0.3, 9.0)):  # the right t, and a wrong one
         torch.manual_seed(0)

@@ -482,15 +482,14 @@ def test_plot_adds_its_files(tmp_path, monkeypatch):
         with Image.open(tmp_path / "2" / name) as image:
             assert len(image.convert("L").getcolors()) > 20
     distance, tradeoff, _ = figures
-    assert [text.get_text() for text in distance.legends[0].get_texts()] == [
-        f"{tmp_path.name}/a", f"{tmp_path.name}/b", "real images",
-    ]
+    names = [f"{tmp_path.name}/a", f"{tmp_path.name}/b", "real images"]
+    assert all([text.get_text() for text in figure.legends[0].get_texts()] == names for figure in (distance, tradeoff))
     text = files["1"]["scores.txt"].decode().splitlines()
     rows = [line.split() for line in text[2:]]
     assert [row[:1] + row[-8:-7] for row in rows[:2]] == [[f"{tmp_path.name}/a", "7"], [f"{tmp_path.name}/b", "9"]]
     assert [row[2] for row in rows[2:]] == ["7", "9", "10"]  # as many as in a set, and all there are
     axes, shown = tradeoff.axes[0], [*rows[:2], rows[3]]
-    assert [text.get_text() for text in axes.texts] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b", "real images"]
+    assert [line.get_label() for line in axes.lines] == names
     points = [(f"{100 * y:.1f}%", f"{x:.4g}") for line in axes.lines for x, y in line.get_xydata()]
     assert points == [(row[-2], row[-1]) for row in shown]  # accuracy over diversity, of the floor that of most images
     assert [[f"{y:.4g}" for y in line.get_ydata()][-1] for line in distance.axes[0].lines[::3]] == [
