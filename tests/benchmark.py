@@ -45,7 +45,7 @@ except ImportError as error:
     print(f"benchmark.py: pip install diffusers denoising-diffusion-pytorch ({error})", file=sys.stderr)
     sys.exit(2)
 
-CPU = dict(batch=16, matmul=4096, rounds=15, calls=1, draw=16, samples=500, S=50, minutes=5, smoke=False)
+CPU = dict(batch=16, matmul=4096, rounds=15, calls=1, draw=16, samples=128, S=50, minutes=5, smoke=False)
 GPU = CPU | dict(batch=128, matmul=8192, calls=10, draw=250, samples=5000)
 SMOKE = dict(batch=2, matmul=64, rounds=2, calls=1, draw=4, samples=8, S=3, minutes=0.02, smoke=True)
 
