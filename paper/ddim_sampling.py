@@ -5,9 +5,9 @@ x_0 step by step: it knows q(x_t | x_0) alone. So the network that DDPM trains s
 apart by eta, on any subset of the times. With eta = 0 no noise is added on the way: x_0 is a function of x_T. One
 can skip steps, interpolate between images, and run the sampler backwards.
 
-    python paper/ddim_sampling.py --load runs/ddpm_mnist/model.pt               # the network of ddpm_mnist.py
-    python paper/ddim_sampling.py                                               # or train one here
-    python paper/fid_is.py runs/ddim_sampling/*.npz --reference mnist           # score what was drawn
+    python paper/ddim_sampling.py                                               # train, then draw
+    python paper/ddim_sampling.py --load runs/ddpm_mnist/model.pt               # or with the network of ddpm_mnist.py
+    python paper/fid_is.py runs/ddim_sampling/loaded/*.npz --reference mnist    # score what was drawn from it
 
 Writes to runs/ddim_sampling/ the samples of each sampler in S steps, ddim_0050.npz say (ddpm: eta = 1 with the variance
 beta_t; eta1: with beta_tilde_t; quadratic: DDIM with most of its times near 0), and steps.png, eta.png,

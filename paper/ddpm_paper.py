@@ -8,7 +8,7 @@ Read it as a diff of ddpm_cifar.py. New are the UNet of 35,746,307 parameters, w
     python paper/ddpm_paper.py --pretrained --nll      # the published weights (143 MB), and their bound
 
 Writes samples.png, samples.npz, loss.png, model.pt (with --nll nll.png; in training checkpoint.pt and preview.png) to
-runs/ddpm_paper/. Two cores need ten minutes, for a small network that shows the recipe at work; the paper's takes days
+runs/ddpm_paper/. Two cores need 12 minutes, for a small network that shows the recipe at work; the paper's takes days
 on a GPU. On a CPU, with one rank or two, a resumed run ends with the bits of an unbroken one. Left out: larger images.
 """
 import argparse
@@ -416,7 +416,8 @@ def main(argv=None):
             UNet(**saved["network"]).load_state_dict(saved["ema"])
             assert not args.resume or "optimizer" in saved, "no checkpoint.pt"
         except Exception as error:
-            fail(f"{how}: {source} is no file for this network ({error!r:.200})")
+            what = "cannot be read" if isinstance(error, OSError) else "is no file for this network"
+            fail(f"{how}: {'the published network' if source == 'hub' else source} {what} ({error!r:.200})")
     parser.set_defaults(**defaults | {"ranks": RANKS})
     args = parser.parse_args(argv)
     for name in FIXED if args.resume else FIXED[:2] if args.load else []:

@@ -352,7 +352,8 @@ def main(argv=None):
             UNet(**defaults["network"]).load_state_dict(saved["ema"])
             assert args.load or "optimizer" in saved
         except Exception as error:
-            fail(f"{'--load' if args.load else '--resume'} {source}: no file of this script ({type(error).__name__})")
+            what = "there is none" if isinstance(error, FileNotFoundError) else "no file of this script"
+            fail(f"{'--load' if args.load else '--resume'} {source}: {what} ({type(error).__name__})")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "lr", "T", "data", "seed") if args.resume else ():

@@ -27,6 +27,9 @@ def links(document):
     folder = (ROOT / document).parent
     for text, target in found:
         if not target.startswith("https://"):
+            target, _, anchor = target.partition("#")
+            headings = re.findall("^#+ (.*)", TEXTS.get(target, ""), re.MULTILINE)
+            assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
             target = (folder / target).resolve().relative_to(ROOT.resolve()).as_posix()
         yield text, target
 
