@@ -39,7 +39,7 @@ def read(folder):
 
 PROGRAMS = """
 import runpy, sys
-for path in sys.argv[2:]:
+for path in sys.argv[1:]:
     sys.argv[:] = [path, "--smoke", "--seed", "3"]
     runpy.run_path(path, run_name="__main__")
 """
@@ -48,7 +48,7 @@ for path in sys.argv[2:]:
 @pytest.mark.parametrize("paths", [TRAIN[:4], TRAIN[4:]], ids=["first four", "last four"])
 def test_smoke_twice_gives_the_same_files_and_load_the_same_samples(paths, tmp_path):
     """First as programs, without a terminal, in a new folder: one after the other, since Python takes long to start."""
-    command = [sys.executable, "-c", PROGRAMS, "", *(str(ROOT / path) for path in paths)]
+    command = [sys.executable, "-c", PROGRAMS, *(str(ROOT / path) for path in paths)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {Path(path).stem for path in paths}
