@@ -252,15 +252,17 @@ def train(diffusion, model, images, args, resumed=None):
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 suits long runs
-    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses, done = torch.zeros(args.steps, device=images.device), 0  # .item() would make each step wait
     if resumed:
         done = len(resumed["losses"])
         losses[:done] = resumed["losses"]
         for name, part in parts.items():
             part.load_state_dict(resumed[name])
+    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps, last_epoch=done - 1
+    )
 
     def save():
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -337,7 +339,7 @@ def main(argv=None):
     flag("--out", type=Path, help="folder for the files (runs/ddpm_cifar; with --load or --smoke a folder in it)")
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--load", help="a model.pt or checkpoint.pt: draw from it, without training")
-    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out from its checkpoint.pt")
+    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out; --steps may be raised")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (with CUDA)")
     flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
     args = parser.parse_args(argv)
@@ -356,10 +358,11 @@ def main(argv=None):
             fail(f"{'--load' if args.load else '--resume'} {source}: {what} ({type(error).__name__})")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "lr", "T", "data", "seed") if args.resume else ():
+    for name in ("batch_size", "lr", "T", "data", "seed") if args.resume else ():
         if getattr(args, name) != saved["settings"][name]:
             fail(f"--resume: --{name.replace('_', '-')} was {saved['settings'][name]}, not {getattr(args, name)}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
+    done = len(saved["losses"]) if args.resume else 1
+    for name, least in dict(steps=done, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
         if not least <= getattr(args, name) <= 10**7:
             fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
     try:
