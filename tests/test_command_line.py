@@ -1,4 +1,5 @@
 """Each script as its user meets it: --smoke, --load, wrong input, Ctrl-C, a loss that is no number."""
+import os
 import pickle
 import signal
 import subprocess
@@ -149,7 +150,9 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
     """ddpm_cifar.py's Ctrl-C is in test_resume.py."""
     command = [sys.executable, str(ROOT / MNIST), "--smoke", "--steps", "1000000", "--out", str(tmp_path)]
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background are born deaf to Ctrl-C
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear) as process:
+    bars = os.environ | {"TQDM_DISABLE": ""}  # the first loss is read from the bar, even where bars are switched off
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, preexec_fn=hear, env=bars) as process:
         seen = b""
         while b"loss=" not in seen:
             seen += process.stderr.read1(100)
