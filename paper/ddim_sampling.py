@@ -12,7 +12,7 @@ can skip steps, interpolate between images, and run the sampler backwards.
 Writes to runs/ddim_sampling/ the samples of each sampler in S steps, ddim_0050.npz say (ddpm: eta = 1 with the variance
 beta_t; eta1: with beta_tilde_t; quadratic: DDIM with most of its times near 0), and steps.png, eta.png,
 interpolation.png (x_T turned from one to another), inversion.png (the x_T of real images), samples.png, loss.png,
-model.pt. On two CPU cores this takes about nine minutes, three of them for training. With a GPU the network is larger.
+model.pt. On two CPU cores this takes about nine minutes, six of them for training. With a GPU the network is larger.
 """
 import argparse
 import copy
@@ -304,7 +304,7 @@ def save_labelled(path, blocks):
 
 
 GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=1500, batch_size=32, lr=1.5e-3, samples=128)
+CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2800, batch_size=32, lr=1.5e-3, samples=64)
 SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=8, data="digits")
 SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "clip"]  # what model.pt remembers
 
@@ -319,7 +319,7 @@ def main(argv=None):
     # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps (6000 with CUDA, else 1500)")
+    flag("--steps", type=int, help="training steps (6000 with CUDA, else 2800)")
     flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
     flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
     flag("--T", type=int, default=1000, help="diffusion steps (1000)")
@@ -327,7 +327,7 @@ def main(argv=None):
     flag("--data-root", default="data", help="folder of MNIST (data)")
     flag("--seed", type=int, default=0, help="of all random numbers (0)")
     flag("--S", type=int, nargs="+", default=[5, 10, 20, 50, 100, 1000], help="steps to draw in (5 10 20 50 100 1000)")
-    flag("--samples", type=int, help="images to draw with each sampler and S (2000 with CUDA, else 128)")
+    flag("--samples", type=int, help="images to draw with each sampler and S (2000 with CUDA, else 64)")
     flag("--clip", action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] (yes)")
     flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
     flag("--out", type=Path, help="folder for the files (runs/ddim_sampling; with --load or --smoke a folder in it)")
