@@ -327,7 +327,7 @@ def main(argv=None):
             defaults |= saved["settings"] | {"network": saved["network"] | NETWORK}
             UNet(**defaults["network"]).load_state_dict(saved["ema"])
         except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({type(error).__name__})")
+            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
     parser.set_defaults(out=Path("runs/classifier_free_guidance", "loaded" if args.load else "smoke" * args.smoke))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

@@ -2,7 +2,8 @@
 
 Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol 2021, arXiv 2105.05233), Section 4. The diffusion
 model knows nothing of labels. A classifier is trained on noisy images x_t of every t; the gradient of its
-log p(y | x_t) says how x_t must change to look more like class y. s times that gradient is subtracted from eps_hat.
+log p(y | x_t) says how x_t must change to look more like class y. s sqrt(1 - alpha_bar_t) times that gradient is
+subtracted from eps_hat.
 
     python paper/classifier_guidance.py         # with --load runs/ddpm_mnist/model.pt it trains the classifier alone
     python paper/fid_is.py runs/classifier_guidance/*.npz runs/classifier_free_guidance/*.npz --plot
@@ -357,7 +358,7 @@ def main(argv=None):
             UNet(**defaults["network"]).load_state_dict(saved["ema"])
             assert saved["settings"].get("schedule", "linear") == "linear"
         except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({type(error).__name__})")
+            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
     parser.set_defaults(out=Path("runs/classifier_guidance", "loaded" if args.load else "smoke" * args.smoke))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

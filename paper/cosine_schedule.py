@@ -319,7 +319,7 @@ def main(argv=None):
             if defaults.pop("schedule") != name:
                 raise ValueError
         except Exception as error:
-            fail(f"--load {args.load}: model_{name}.pt is none of this script ({type(error).__name__})")
+            fail(f"--load {args.load}: model_{name}.pt is none of this script ({error!r:.100})")
     parser.set_defaults(out=Path("runs/cosine_schedule", "loaded" if args.load else "smoke" if args.smoke else ""))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

@@ -345,7 +345,7 @@ def main(argv=None):
             ema = UNet(**saved["network"] | {"channels": 1})
             ema.load_state_dict(saved["ema"])
         except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({type(error).__name__})")
+            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
     folder = "loaded" if args.load else "smoke" if args.smoke else ""
     parser.set_defaults(out=Path("runs/ddim_sampling", folder), **defaults)
     args = parser.parse_args(argv)

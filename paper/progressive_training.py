@@ -335,7 +335,7 @@ def main(argv=None):
             networks[way] = UNet(**defaults["network"])
             networks[way].load_state_dict(saved["ema"])
         except Exception as error:
-            fail(f"--load {args.load}: model_{way}.pt is none of this script ({type(error).__name__})")
+            fail(f"--load {args.load}: model_{way}.pt is none of this script ({error!r:.100})")
     parser.set_defaults(out=Path("runs/progressive_training", "loaded" if args.load else "smoke" if args.smoke else ""))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)

@@ -1,16 +1,16 @@
 """DDPM on colour images: ddpm_mnist.py, and what CIFAR-10 needs besides.
 
 Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). Sections 1 to 3 are those of ddpm_mnist.py,
-word for word. New are attention at a second resolution, flips (mirrored images), torch.compile, previews, and --resume:
-a long run can be stopped at any moment. On a CPU the resumed run gives the same bits as an unbroken one.
+word for word. New are flips (mirrored images), torch.compile, previews, attention at a second resolution (with a GPU),
+and --resume: a long run can be stopped at any moment, and on a CPU the resumed run gives the same bits as an unbroken
+one. A finished run can be made longer, by --resume with more --steps: then the learning rate rises once more.
 
     python pytorch_lowlevel/ddpm_cifar.py                                   # train, then draw
     python pytorch_lowlevel/ddpm_cifar.py --resume                          # go on with a run that was stopped
     python pytorch_lowlevel/ddpm_cifar.py --load runs/ddpm_cifar/model.pt   # draw only
 
 Writes to runs/ddpm_cifar/: samples.png, samples.npz, loss.png and model.pt, and during the training checkpoint.pt and
-preview.png. The data are CIFAR-10, downloaded to data/. Where that fails, they are crops of the two photographs that
-come with scikit-learn.
+preview.png. The data are CIFAR-10, downloaded to data/; where that fails, crops of scikit-learn's two photographs.
 
 On two CPU cores this takes about ten minutes, with a small network: it learns colours and textures, hardly an object.
 With a GPU it trains the lesson's network (64, 128, 256 and 512 channels) for 100,000 steps.
@@ -355,7 +355,7 @@ def main(argv=None):
             assert args.load or "optimizer" in saved
         except Exception as error:
             what = "there is none" if isinstance(error, FileNotFoundError) else "no file of this script"
-            fail(f"{'--load' if args.load else '--resume'} {source}: {what} ({type(error).__name__})")
+            fail(f"{'--load' if args.load else '--resume'} {source}: {what} ({error!r:.100})")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for name in ("batch_size", "lr", "T", "data", "seed") if args.resume else ():

@@ -9,9 +9,8 @@ pure noise x_T and removes a little of it at each step, down to x_0: a new digit
 
 Writes to runs/ddpm_mnist/: samples.png, samples.npz (for paper/fid_is.py), denoising.png and denoising.gif (x_t, and
 below it the network's estimate of x_0), loss.png and model.pt. The data are MNIST, downloaded to data/; where that
-fails, the 1,797 digits of 8x8 pixels that come with scikit-learn. On two CPU cores this takes about six minutes; with
-a GPU the network is larger and the training longer. Left out are the learned variance, the variational bound, and
-what digits do not need: colour, flips, resuming.
+fails, the 1,797 digits of 8x8 pixels that come with scikit-learn. On two CPU cores this takes six to ten minutes; with
+a GPU the network is larger and the training longer. Left out: learned variances, the bound, colour, resuming.
 """
 import argparse
 import copy
@@ -290,7 +289,7 @@ def main(argv=None):
             UNet(**defaults["network"]).load_state_dict(saved["ema"])
             assert saved["settings"].get("schedule", "linear") == "linear"  # cosine_schedule.py has another one too
         except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({type(error).__name__})")
+            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
     parser.set_defaults(out=Path("runs/ddpm_mnist", "loaded" if args.load else "smoke" if args.smoke else ""))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
@@ -342,8 +341,9 @@ def main(argv=None):
     moments = torch.stack(trajectory)[torch.linspace(0, args.T - 1, 31).long()].clamp(-1, 1) / 2 + 0.5
     grids = [make_grid(F.interpolate(pair.flatten(0, 1), scale_factor=2), nrow=pair.shape[1]) for pair in moments.cpu()]
     save_image(grids[::6], args.out / "denoising.png", nrow=1)
-    frames = [to_pil_image(grid) for grid in grids]
-    frames[0].save(args.out / "denoising.gif", save_all=True, append_images=frames[1:], duration=100, loop=0)
+    first, *frames = [to_pil_image(grid) for grid in grids]
+    milliseconds = [100] * len(frames) + [1500]
+    first.save(args.out / "denoising.gif", save_all=True, append_images=frames, duration=milliseconds, loop=0)
 
 
 if __name__ == "__main__":
