@@ -12,7 +12,7 @@ can skip steps, interpolate between images, and run the sampler backwards.
 Writes to runs/ddim_sampling/ the samples of each sampler in S steps, ddim_0050.npz say (ddpm: eta = 1 with the variance
 beta_t; eta1: with beta_tilde_t; quadratic: DDIM with most of its times near 0), and steps.png, eta.png,
 interpolation.png (x_T turned from one to another), inversion.png (the x_T of real images), samples.png, loss.png,
-model.pt. On two CPU cores this takes about nine minutes, six of them for training. With a GPU the network is larger.
+model.pt. On two CPU cores this takes eleven minutes, six of them for training. With a GPU the network is larger.
 """
 import argparse
 import copy
