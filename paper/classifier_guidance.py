@@ -2,8 +2,8 @@
 
 Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol 2021, arXiv 2105.05233), Section 4. The diffusion
 model knows nothing of labels. A classifier is trained on noisy images x_t of every t; the gradient of its
-log p(y | x_t) says how x_t must change to look more like class y. s sqrt(1 - alpha_bar_t) times that gradient is
-subtracted from eps_hat.
+log p(y | x_t) says how x_t must change to look more like class y. The sampler subtracts this
+gradient, times s sqrt(1 - alpha_bar_t), from eps_hat.
 
     python paper/classifier_guidance.py         # with --load runs/ddpm_mnist/model.pt it trains the classifier alone
     python paper/fid_is.py runs/classifier_guidance/*.npz runs/classifier_free_guidance/*.npz --plot

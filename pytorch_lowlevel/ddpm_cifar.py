@@ -3,7 +3,7 @@
 Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). Sections 1 to 3 are those of ddpm_mnist.py,
 word for word. New are flips (mirrored images), torch.compile, previews, attention at a second resolution (with a GPU),
 and --resume: a long run can be stopped at any moment, and on a CPU the resumed run gives the same bits as an unbroken
-one. A finished run can be made longer, by --resume with more --steps: then the learning rate rises once more.
+one. With more --steps it makes a finished run longer; the learning rate then rises once more.
 
     python pytorch_lowlevel/ddpm_cifar.py                                   # train, then draw
     python pytorch_lowlevel/ddpm_cifar.py --resume                          # go on with a run that was stopped
@@ -361,8 +361,8 @@ def main(argv=None):
     for name in ("batch_size", "lr", "T", "data", "seed") if args.resume else ():
         if getattr(args, name) != saved["settings"][name]:
             fail(f"--resume: --{name.replace('_', '-')} was {saved['settings'][name]}, not {getattr(args, name)}")
-    done = len(saved["losses"]) if args.resume else 1
-    for name, least in dict(steps=done, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
+    fewest = len(saved["losses"]) if args.resume else 1  # the steps that are done cannot be undone
+    for name, least in dict(steps=fewest, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
         if not least <= getattr(args, name) <= 10**7:
             fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
     try:

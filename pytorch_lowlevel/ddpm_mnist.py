@@ -10,7 +10,7 @@ pure noise x_T and removes a little of it at each step, down to x_0: a new digit
 Writes to runs/ddpm_mnist/: samples.png, samples.npz (for paper/fid_is.py), denoising.png and denoising.gif (x_t, and
 below it the network's estimate of x_0), loss.png and model.pt. The data are MNIST, downloaded to data/; where that
 fails, the 1,797 digits of 8x8 pixels that come with scikit-learn. On two CPU cores this takes six to ten minutes; with
-a GPU the network is larger and the training longer. Left out: learned variances, the bound, colour, resuming.
+a GPU the network is larger and the training longer. Left out: learned variances, the variational bound, resuming.
 """
 import argparse
 import copy

@@ -92,9 +92,9 @@ def test_a_finished_run_can_be_made_longer(tmp_path, monkeypatch):
 
 def test_other_settings_stop_the_run(whole, capsys):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
-    for flag, value in (("--lr", "0.5"), ("--seed", "3"), ("--steps", "59")):  # 60 steps are done
+    for flag, value, why in (("--lr", "0.5", "--lr was "), ("--seed", "3", "--seed was "), ("--steps", "59", "60 and")):
         error = one_line(CIFAR, ["--smoke", "--resume", "--out", whole, flag, value], capsys)
-        assert flag in error and value in error
+        assert flag in error and why in error and value in error
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
 
 
