@@ -331,6 +331,8 @@ def main(argv=None):
     parser.set_defaults(out=Path("runs/classifier_free_guidance", "loaded" if args.load else "smoke" * args.smoke))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.load and args.T != defaults["T"]:
+        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
     for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=10, seed=0, w=-1000).items():
         if not all(least <= value <= 10**7 for value in np.ravel(getattr(args, name))):
             fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")

@@ -212,9 +212,8 @@ def load_images(data, root):
             if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
                 fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
             print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    images = torch.from_numpy(load_digits().images)[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte(), "digits"
+    images = F.interpolate(torch.from_numpy(load_digits().images)[:, None] / 16, size=28, mode="bicubic")
+    return (255 * images.clamp(0, 1)).round().byte(), "digits"
 
 
 # 6. Training --------------------------------------------------------------------------------------------------
@@ -323,6 +322,8 @@ def main(argv=None):
     parser.set_defaults(out=Path("runs/cosine_schedule", "loaded" if args.load else "smoke" if args.smoke else ""))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.load and args.T != defaults["T"]:
+        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
     for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
         if not least <= getattr(args, name) <= 10**7:
             fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")

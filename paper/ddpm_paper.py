@@ -408,7 +408,7 @@ def main(argv=None):
     defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
     trained, saved = args.load or args.pretrained, None
     parser.set_defaults(out=Path("runs/ddpm_paper", "loaded" if trained else "smoke" if args.smoke else ""))
-    if source := trained or args.resume and parser.parse_args(argv).out / "checkpoint.pt":
+    if source := trained or (args.resume and parser.parse_args(argv).out / "checkpoint.pt"):
         how = "--load" if args.load else "--pretrained" if args.pretrained else "--resume"
         try:
             saved = load_official(source) if args.pretrained else torch.load(source, "cpu", weights_only=True)
@@ -453,6 +453,8 @@ def main(argv=None):
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
             dist.broadcast_object_list(loaded)  # so that rank 0 alone downloads
         images, args.data = loaded[0]
+        if args.resume and args.data != saved["settings"]["data"]:
+            fail(f"--resume: the run began with {saved['settings']['data']}, which is not in {args.data_root}")
         try:
             ema, losses = train(diffusion, model, images.to(args.device), args, saved)
         except RuntimeError as error:
@@ -480,8 +482,7 @@ def main(argv=None):
         report += [f"{L.sum():.3f} bits per dimension of {len(x0)} test images (L_0 {L[0]:.3f}, L_T {L[-1]:.4f})"]
         axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
         axes.semilogy(L[:-1])
-        axes.set(title=f"{len(x0)} test images of {args.data}: {L.sum():.2f} bits per dimension")
-        axes.set(xlabel="t", ylabel="$L_t$ in bits per dimension")
+        axes.set(title=f"{len(x0)} images of {args.data}: {L.sum():.2f} bits per dimension", xlabel="t", ylabel="$L_t$")
         axes.figure.savefig(args.out / "nll.png")
 
     # Sampling
@@ -490,10 +491,9 @@ def main(argv=None):
     with autocast(args.device):
         x0 = torch.cat([diffusion.sample(ema, part.shape, variance=args.variance) for part in parts])
     samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 3, 32, 32)
-    report += [f"{args.samples} samples in {time.perf_counter() - start:.0f} s"]
     np.savez(args.out / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
     save_image(F.interpolate(samples / 255, scale_factor=2), args.out / "samples.png", nrow=math.isqrt(args.samples))
-    print(f"{'; '.join(report)}: {args.out}")
+    print("; ".join([*report, f"{args.samples} samples in {time.perf_counter() - start:.0f} s: {args.out}"]))
 
 
 if __name__ == "__main__":

@@ -345,22 +345,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
     parser.set_defaults(out=Path("runs/ddpm_cifar", "loaded" if args.load else "smoke" if args.smoke else ""))
-    saved = None
-    source = args.load or (parser.parse_args(argv).out / "checkpoint.pt" if args.resume else None)
-    if source:
+    saved, how = None, "--load" if args.load else "--resume"
+    if source := args.load or (args.resume and parser.parse_args(argv).out / "checkpoint.pt"):
         try:
             saved = torch.load(source, map_location="cpu", weights_only=True)
             defaults |= saved["settings"] | {"network": saved["network"] | {"channels": 3}}
             UNet(**defaults["network"]).load_state_dict(saved["ema"])
             assert args.load or "optimizer" in saved
         except Exception as error:
-            what = "there is none" if isinstance(error, FileNotFoundError) else "no file of this script"
-            fail(f"{'--load' if args.load else '--resume'} {source}: {what} ({error!r:.100})")
+            fail(f"{how} {source}: no file that this script can use ({error!r:.100})")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    for name in ("batch_size", "lr", "T", "data", "seed") if args.resume else ():
+    for name in ("batch_size", "lr", "T", "data", "seed") if args.resume else ("T",) if args.load else ():
         if getattr(args, name) != saved["settings"][name]:
-            fail(f"--resume: --{name.replace('_', '-')} was {saved['settings'][name]}, not {getattr(args, name)}")
+            fail(f"{how}: --{name.replace('_', '-')} was {saved['settings'][name]}, not {getattr(args, name)}")
     fewest = len(saved["losses"]) if args.resume else 1  # the steps that are done cannot be undone
     for name, least in dict(steps=fewest, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
         if not least <= getattr(args, name) <= 10**7:
@@ -382,6 +380,8 @@ def main(argv=None):
         ema = model.eval()
     else:
         images, args.data = load_images(args.data, args.data_root)
+        if args.resume and args.data != saved["settings"]["data"]:
+            fail(f"--resume: the run began with {saved['settings']['data']}, which is not in {args.data_root}")
         print(f"{len(images):,} images of {args.data}; {sum(p.numel() for p in model.parameters()):,} parameters")
         if args.compile:
             torch._dynamo.config.suppress_errors = True  # where there is no compiler, go on without

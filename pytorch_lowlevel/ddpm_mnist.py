@@ -199,9 +199,8 @@ def load_images(data, root):
             if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
                 fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
             print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    images = torch.from_numpy(load_digits().images)[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte(), "digits"
+    images = F.interpolate(torch.from_numpy(load_digits().images)[:, None] / 16, size=28, mode="bicubic")
+    return (255 * images.clamp(0, 1)).round().byte(), "digits"
 
 
 # 6. Training --------------------------------------------------------------------------------------------------
@@ -293,6 +292,8 @@ def main(argv=None):
     parser.set_defaults(out=Path("runs/ddpm_mnist", "loaded" if args.load else "smoke" if args.smoke else ""))
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.load and args.T != defaults["T"]:
+        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
     for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
         if not least <= getattr(args, name) <= 10**7:
             fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
@@ -342,8 +343,7 @@ def main(argv=None):
     grids = [make_grid(F.interpolate(pair.flatten(0, 1), scale_factor=2), nrow=pair.shape[1]) for pair in moments.cpu()]
     save_image(grids[::6], args.out / "denoising.png", nrow=1)
     first, *frames = [to_pil_image(grid) for grid in grids]
-    milliseconds = [100] * len(frames) + [1500]
-    first.save(args.out / "denoising.gif", save_all=True, append_images=frames, duration=milliseconds, loop=0)
+    first.save(args.out / "denoising.gif", save_all=True, append_images=frames, duration=[100] * 30 + [1500], loop=0)
 
 
 if __name__ == "__main__":

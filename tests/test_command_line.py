@@ -47,7 +47,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("paths", [TRAIN[:4], TRAIN[4:]], ids=["first four", "last four"])
-def test_smoke_twice_gives_the_same_files_and_load_the_same_samples(paths, tmp_path):
+def test_smoke_twice_gives_the_same_files_and_load_the_same_samples(paths, tmp_path, capsys):
     """First as programs, without a terminal, in a new folder: one after the other, since Python takes long to start."""
     command = [sys.executable, "-c", PROGRAMS, *(str(ROOT / path) for path in paths)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=tmp_path, timeout=300)
@@ -57,10 +57,10 @@ def test_smoke_twice_gives_the_same_files_and_load_the_same_samples(paths, tmp_p
         folder = f"runs/{Path(path).stem}/smoke"
         [last] = [line for line in done.stdout.splitlines() if line.endswith(f": {folder}")]
         assert " s" in last
-        check_files(path, tmp_path / folder, tmp_path / Path(path).stem)
+        check_files(path, tmp_path / folder, tmp_path / Path(path).stem, capsys)
 
 
-def check_files(path, first, folder):
+def check_files(path, first, folder, capsys):
     """The files in `first` are of the right form; the same seed gives them again, and so does --load."""
     load(path).main(["--smoke", "--seed", "3", "--out", str(folder / "second")])
     files = read(first)
@@ -88,6 +88,8 @@ def check_files(path, first, folder):
         loaded = read(folder / "loaded")
         assert all((loaded[name] == files[name]) == (seed == 3) for name in archives)
     assert read(first) == files and not list(folder.glob("loaded/model*.pt"))
+    error = one_line(path, ["--load", source, "--out", folder / "other", "--T", "11"], capsys)  # it was trained with 10
+    assert "T " in error and "10" in error and "11" in error and not (folder / "other").exists()
 
 
 def test_smoke_and_load_have_folders_of_their_own(tmp_path, monkeypatch):

@@ -58,10 +58,17 @@ def test_seconds_per_step_is_that_of_the_fastest_run(monkeypatch):
     def train(diffusion, model, images, args):
         assert args.steps == 5 and args.batch_size == 4 and images.shape[-1] == 16
         clock[0] += next(runs)
+        return None, torch.zeros(args.steps)
 
     monkeypatch.setattr(script, "train", train)
     monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert script.seconds_per_step(None, grey_images(16), settings()) == 2
+
+
+def test_ctrl_c_while_a_step_is_timed_ends_the_program(monkeypatch):
+    monkeypatch.setattr(load(PATH), "train", lambda *_: (None, torch.zeros(2)))
+    with pytest.raises(SystemExit):
+        load(PATH).seconds_per_step(None, grey_images(16), settings())
 
 
 # The race -------------------------------------------------------------------------------------------------------------

@@ -98,6 +98,20 @@ def test_other_settings_stop_the_run(whole, capsys):
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
 
 
+@pytest.mark.parametrize("path", [CIFAR, "paper/ddpm_paper.py"])
+def test_a_run_goes_on_with_its_own_data_or_not_at_all(path, tmp_path, monkeypatch, capsys):
+    """CIFAR-10 cannot be had, and load_images returns the photos: a run that began with CIFAR-10 is left alone."""
+    script, checkpoint = load(path), tmp_path / "checkpoint.pt"
+    script.main(["--smoke", "--out", str(tmp_path)])
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["settings"]["data"] = "cifar10"
+    torch.save(saved, checkpoint)
+    before, photos = checkpoint.read_bytes(), script.load_images("photos", "nowhere")
+    monkeypatch.setattr(script, "load_images", lambda *_: photos)
+    assert "cifar10" in one_line(path, ["--smoke", "--resume", "--steps", "60", "--out", tmp_path], capsys)
+    assert checkpoint.read_bytes() == before
+
+
 def test_nothing_to_resume_is_one_line(whole, tmp_path, capsys):
     """Nor is a model.pt: it has no optimiser."""
     for content in (None, b"half a checkpoint", (whole / "model.pt").read_bytes()):
