@@ -9,10 +9,10 @@ sampling follows it w times as far. The larger w, the clearer the digits, and th
     python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot       # accuracy against diversity
 
 Writes to runs/classifier_free_guidance/: guidance.png (a row for each class, a block for each w, all from the same
-x_T), w_0.npz ... (the samples for each w, and the labels asked for), samples.png (w = 2), loss.png and model.pt.
+x_T), w_0.npz ... (the samples for each w, and the labels asked for), samples.png (w near 2), loss.png, model.pt.
 
 On two CPU cores this takes about eight minutes. With a GPU the network is larger and the training longer.
-Left out: dynamic thresholding, guidance on a part of the times.
+Left out: dynamic thresholding, guidance at some t only.
 """
 import argparse
 import copy
@@ -84,7 +84,7 @@ class Diffusion:
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
         """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
 
-        variance: beta with eta = 1 adds noise as DDPM does whose sigma_t^2 is beta_t (sigma-hat in the paper).
+        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
         """
         eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
         alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
@@ -150,7 +150,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -240,7 +240,7 @@ def load_images(data, root):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -249,7 +249,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -259,7 +259,7 @@ def train_conditional(diffusion, model, images, labels, args):
     """Algorithm 1 of Ho & Salimans -> the EMA of the model, the loss of each step. Ctrl-C keeps what was learned."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
-    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
     losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:

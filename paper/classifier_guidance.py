@@ -10,7 +10,7 @@ gradient, times s sqrt(1 - alpha_bar_t), from eps_hat.
 
 Writes to runs/classifier_guidance/: accuracy.png (of the classifier, over t: where it knows nothing, it cannot guide),
 guidance.png (a row for each class, a block for each s, all from one x_T), s_0.npz ... (samples and labels for each s),
-samples.png (s = 2), loss.png and model.pt. This takes two CPU cores seven minutes. Left out: the DDPM sampler.
+samples.png (s near 2), loss.png and model.pt. This takes two CPU cores seven minutes. Left out: the DDPM sampler.
 """
 import argparse
 import copy
@@ -82,7 +82,7 @@ class Diffusion:
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
         """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
 
-        variance: beta with eta = 1 adds noise as DDPM does whose sigma_t^2 is beta_t (sigma-hat in the paper).
+        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
         """
         eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
         alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
@@ -150,7 +150,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -184,7 +184,7 @@ class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution, on the way down and on the way up.
+    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
     """
 
     def __init__(self, channels, widths, blocks):
@@ -266,7 +266,7 @@ def load_images(data, root):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -275,7 +275,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -334,7 +334,7 @@ def main(argv=None):
     # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps (6000 with CUDA, else 1600)")
+    flag("--steps", type=int, help="training steps of the UNet (6000 with CUDA, else 1600); the classifier has 1200")
     flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
     flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
     flag("--T", type=int, default=1000, help="diffusion steps (1000)")

@@ -2,8 +2,8 @@
 
 Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal 2021, arXiv 2102.09672), Sections 3.2 and 4. The
 linear schedule of DDPM destroys an image early: its last steps add noise to what is noise already. The cosine schedule
-spreads the loss of the signal over all steps. Here two networks are trained from the same weights, on the same images,
-t and noise, one under each schedule. Then both draw, from x_T and without the end of the chain, from noise at 0.8 T.
+destroys it evenly, over all steps. Here two networks are trained from the same weights, on the same images, t and
+noise, one under each schedule. Then both draw, starting from noise at t = T, and from noise at t = 0.8 T.
 
     python paper/cosine_schedule.py                               # train both, then draw: seven minutes on two cores
     python paper/cosine_schedule.py --load runs/cosine_schedule   # draw only, with the two networks in that folder
@@ -115,7 +115,7 @@ class Diffusion:
 def sample_respaced(model, beta, S, skip, shape, device):
     """x_0 in S of the T steps (Nichol & Dhariwal, Section 4), of which those beyond t = (1 - skip) T are left out."""
     t = torch.linspace(0, len(beta) - 1, S + 1).round().long()
-    alpha_bar = (1 - beta).cumprod(0)[t]  # that of the long chain, and the beta that go with it (Eq. 19)
+    alpha_bar = (1 - beta).cumprod(0)[t]  # at the kept steps; the beta between them follow (Eq. 19)
     beta = torch.cat([torch.zeros(1), 1 - alpha_bar[1:] / alpha_bar[:-1]])
     diffusion, t = Diffusion(beta[: 1 + round(S * (1 - skip))], device), t.to(device)
     return diffusion.sample(lambda xt, step: model(xt, t[step]), shape, variance="beta_tilde")
@@ -130,7 +130,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -164,7 +164,7 @@ class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution, on the way down and on the way up.
+    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
     """
 
     def __init__(self, channels, widths, blocks):
@@ -218,7 +218,7 @@ def load_images(data, root):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -227,7 +227,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -236,8 +236,8 @@ def update_ema(ema, model, step):
 def train(diffusion, model, images, args):
     """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 suits long runs
-    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
+    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
     losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:

@@ -1,9 +1,9 @@
 """DDIM: the same network, a tenth of the steps.
 
-Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple never asks how x_t came about from
-x_0 step by step: it knows q(x_t | x_0) alone. So the network that DDPM trains serves a whole family of samplers, told
-apart by eta, on any subset of the times. With eta = 0 no noise is added on the way: x_0 is a function of x_T. One
-can skip steps, interpolate between images, and run the sampler backwards.
+Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple depends on q(x_t | x_0)
+alone, not on the steps from x_0 to x_t. So the network that DDPM trains serves a whole family of samplers, told apart
+by eta, on any subset of the times. With eta = 0 no noise is added on the way: x_0 is a function of x_T. One can skip
+steps, interpolate between images, and run the sampler backwards.
 
     python paper/ddim_sampling.py                                               # train, then draw
     python paper/ddim_sampling.py --load runs/ddpm_mnist/model.pt               # or with the network of ddpm_mnist.py
@@ -83,7 +83,7 @@ class Diffusion:
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
         """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
 
-        variance: beta with eta = 1 adds noise as DDPM does whose sigma_t^2 is beta_t (sigma-hat in the paper).
+        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
         """
         eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
         alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
@@ -111,7 +111,7 @@ class Diffusion:
         """The x_T that ddim_sample, with eta = 0 and no clipping, takes to x_0 (DDIM, Section 4.3): run backwards."""
         xt = x0
         for t, t_next in tqdm(list(pairwise([0, *ddim_timesteps(self.T, S)[::-1]])), "backwards"):
-            # eps_hat of x_{t_next} is not known yet. That of x_t stands in: the shorter the step, the better.
+            # x_{t_next} is not known yet. In its place the network sees x_t: the shorter the step, the better.
             eps_hat = model(xt, torch.full((len(xt),), t_next, device=xt.device))
             x0_hat, alpha_bar_next = self.predict_x0(xt, t, eps_hat), at(self.alpha_bar, t_next)
             xt = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next).sqrt() * eps_hat
@@ -129,7 +129,7 @@ def ddim_timesteps(T, S, spacing="uniform"):
 
 
 def slerp(x, y, u):
-    """From x (u = 0) to y (u = 1) on the arc between them (DDIM, Eq. 67); on a straight line noise gets too short."""
+    """From x (u = 0) to y (u = 1) on the arc between them (DDIM, Eq. 67); on a straight line its norm shrinks."""
     angle = torch.acos((x * y).sum() / (x.norm() * y.norm()))
     return (torch.sin((1 - u) * angle) * x + torch.sin(u * angle) * y) / torch.sin(angle)
 
@@ -143,7 +143,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -177,7 +177,7 @@ class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution, on the way down and on the way up.
+    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
     """
 
     def __init__(self, channels, widths, blocks):
@@ -234,7 +234,7 @@ def load_images(data, root):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -243,7 +243,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -253,7 +253,7 @@ def train(diffusion, model, images, args):
     """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
-    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
     losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:

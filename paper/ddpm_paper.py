@@ -9,7 +9,7 @@ Read it as a diff of ddpm_cifar.py. New are the UNet of 35,746,307 parameters, w
 
 Writes samples.png, samples.npz, loss.png, model.pt (with --nll nll.png; in training checkpoint.pt and preview.png) to
 runs/ddpm_paper/. Two cores need 12 minutes, for a small network that shows the recipe at work; the paper's takes days
-on a GPU. On a CPU, with one rank or two, a resumed run ends with the bits of an unbroken one. Left out: larger images.
+on a GPU. On a CPU, with one rank or two, a resumed run is bit-identical to an unbroken one. Left out: larger images.
 """
 import argparse
 import copy
@@ -130,7 +130,7 @@ class Diffusion:
                 true_mean, beta_tilde = self.q_posterior(x0, xt, t)
                 sigma2 = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance]
                 L[t - 1] = gaussian_kl(true_mean, beta_tilde, mean, sigma2)
-            else:  # beta_tilde_1 is 0, which would make all but one colour impossible; the official code takes this
+            else:  # beta_tilde_1 is 0: all but one colour would be impossible. The official code takes beta_tilde_2
                 L[0] = decoder_cost(x0, mean, at(self.beta_tilde, min(2, self.T)).sqrt())
         return L
 
@@ -157,14 +157,14 @@ def time_embedding(t, d):
 
 
 def layer(module, gain=1.0):
-    """A convolution or a linear layer, begun as the paper's: Xavier-uniform weights, biases 0."""
+    """A convolution or a linear layer, initialised as in the paper: Xavier-uniform weights, biases 0."""
     nn.init.xavier_uniform_(module.weight, gain)
     nn.init.zeros_(module.bias)
     return module
 
 
 def norm(c):
-    """32 groups (DDPM), in small networks fewer: in a channel of its own, how red an image is would be lost."""
+    """32 groups (DDPM), in small networks fewer: a group of one channel would lose that channel's mean."""
     return nn.GroupNorm(min(32, c // 4), c, eps=1e-6)
 
 
@@ -287,7 +287,7 @@ def load_images(data, root, train=True):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -296,7 +296,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -381,7 +381,7 @@ def main(argv=None):
     parser.error, flag = fail, parser.add_argument
     socket.setdefaulttimeout(10)  # seconds, for a server to answer
     flag("--steps", type=int, help="training steps (800,000 with CUDA, else 1500)")
-    flag("--batch-size", type=int, help="images in a training step, of all ranks; or drawn at once (128, else 32)")
+    flag("--batch-size", type=int, help="images in a training step of all ranks, or drawn at once (128, else 32)")
     flag("--lr", type=float, help="learning rate after the warm-up (2e-4 with CUDA, else 1e-3)")
     flag("--T", type=int, default=1000, help="diffusion steps (1000)")
     flag("--schedule", choices=["linear", "cosine"], default="linear", help="of beta (linear)")
@@ -389,7 +389,7 @@ def main(argv=None):
     flag("--data-root", default="data", help="folder of CIFAR-10 (data)")
     flag("--seed", type=int, default=0, help="of all random numbers (0)")
     flag("--samples", type=int, default=64, help="images to draw (64)")
-    flag("--nll", type=int, nargs="?", const=64, default=0, help="also the bound, of so many test images (64)")
+    flag("--nll", type=int, nargs="?", const=64, default=0, help="also the bound, of NLL test images (64)")
     flag("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 (beta)")
     flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
     flag("--out", type=Path, help="folder for the files (runs/ddpm_paper; without training or with --smoke one in it)")

@@ -11,10 +11,10 @@ Samples: .npz files (arr_0: images (N, H, W, C); arr_1: labels, if there are any
 a small classifier, trained on a part of the real images (minutes on a CPU) and kept beside the data, so that all scores
 against one reference can be compared; where there are labels, it gives accuracy and diversity. Or it is Inception
 (torch-fidelity's copy, 91 MB), as in published numbers. The distance is called FD by the classifier, FID by Inception:
-the two cannot be compared. It falls as the number of samples grows: compare it with the floor, "real images", which are
-others, as many as there are samples or else as there are. Published FIDs are those of 50,000 samples.
-Without samples, known.png shows the known sets beside their scores. --plot writes distance.png (over the number of
-samples) and tradeoff.png (accuracy over diversity) to runs/fid_is/. Left out: KID, precision and recall."""
+the two cannot be compared. It falls as the number of samples grows: compare it with the row "real images", which are
+other real images: as many as the samples, or all that there are. Published FIDs are those of 50,000 samples.
+Writes to runs/fid_is/: scores.txt (the table); without samples known.png (the known sets beside their scores); with
+--plot distance.png (over the number of samples) and tradeoff.png (accuracy, diversity). Left out: precision, recall."""
 import argparse
 import socket
 import sys
@@ -51,7 +51,7 @@ def fid(features1, features2):
 
 
 def inception_score(logits, splits=10):
-    """exp E KL(p(y | x) || p(y)) of logits (N, classes), in so many parts, in their order -> mean, std of the parts"""
+    """exp E KL(p(y | x) || p(y)) of logits (N, classes), over consecutive parts -> mean, std over the parts"""
     N, log_p, scores = len(logits), logits.double().log_softmax(1), []
     for i in range(splits := min(splits, N)):
         part = log_p[i * N // splits : (i + 1) * N // splits]
@@ -61,9 +61,9 @@ def inception_score(logits, splits=10):
 
 
 def score_all(network, sets, real, labels, n_floor):
-    """[(name, scores, features)] of sets [(name, images, labels or None)] and of real images (the floor); -> also the
-    features that these are compared with. network: callable features, logits = network(images). real (N, C, H, W): the
-    last n_floor are the floor, the others are compared with. labels (N,): of the real images, or None."""
+    """[(name, scores, features)] of sets [(name, images, labels or None)] and of real images (the floor); and the
+    features of the reference. network: callable features, logits = network(images). real (N, C, H, W): the last
+    n_floor are the floor, the others the reference. labels (N,): of the real images, or None."""
     rows, (features, logits) = [], extract(network, real)
     against, floor = features[:-n_floor], [x if x is None else x[-n_floor:] for x in (features, logits, labels)]
     found = [(name, *extract(network, images), y) for name, images, y in sets]
@@ -234,8 +234,8 @@ def main(argv=None):
     flag("samples", nargs="*", help=".npz files or folders of images (without any: sets whose faults are known)")
     flag("--reference", help="mnist, cifar10, digits, photos, a folder or an .npz file (what suits the samples)")
     flag("--features", choices=["classifier", "inception"], help="(classifier, if the reference has labels)")
-    flag("--inception-weights", dest="weights", help="a file of them: --features inception without internet")
-    flag("--plot", action="store_true", help="write distance.png and, if sets have labels, tradeoff.png")
+    flag("--inception-weights", dest="weights", help="a file: then Inception is used, and no internet")
+    flag("--plot", action="store_true", help="write distance.png and, if two sets have labels, tradeoff.png")
     flag("--seed", type=int, default=0, help="of the noise and of random draws, not of the classifier (0)")
     flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
     flag("--out", type=Path, default=Path("runs/fid_is"), help="folder for pictures (runs/fid_is)")
@@ -250,7 +250,7 @@ def main(argv=None):
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         fail(f"--seed {args.seed}, --device {args.device} or --out {args.out} cannot be used: {error}")
     socket.setdefaulttimeout(10)  # seconds
-    network = (args.weights or args.features == "inception") and inception(args.weights, args.device)
+    network = inception(args.weights, args.device) if args.weights or args.features == "inception" else None
 
     # The samples, and the real images that they are compared with
     sets = [("/".join(path.parts[-2:]).removesuffix(".npz"), *read(path)) for path in map(Path, args.samples)]
@@ -270,11 +270,12 @@ def main(argv=None):
     # The scores
     FD = "FID" if network else "FD"
     if network:  # Inception has seen none of the images, and its classes are not those of the labels
-        sets, labels, n_train = [(name, images, None) for name, images, _ in sets], None, 0
+        sets, labels = [(name, images, None) for name, images, _ in sets], None
     else:
         path = Path(args.data_root, f"classifier_{Path(name).stem}{'_smoke' * args.smoke}.pt")
         network = find_classifier(real[:n_train], labels[:n_train], path, args.device, 3 if args.smoke else 1000)
-    rows, against = score_all(network, sets, real[n_train:], labels, n_floor)
+        real, labels = real[n_train:], labels[n_train:]  # it has seen the others
+    rows, against = score_all(network, sets, real, labels, n_floor)
     width, most = max(len(name) for name, _, _ in rows), min(n_floor, max(len(images) for _, images, _ in sets))
     table = [f"{FD}: the distance to {len(against):,} images of {name}; over 0.9: classified with that confidence",
              f"{'':{width}}  samples {FD:>9}  Inception Score  over 0.9  accuracy  diversity"]

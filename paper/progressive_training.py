@@ -80,7 +80,7 @@ class Diffusion:
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
         """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
 
-        variance: beta with eta = 1 adds noise as DDPM does whose sigma_t^2 is beta_t (sigma-hat in the paper).
+        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
         """
         eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
         alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
@@ -123,7 +123,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -157,7 +157,7 @@ class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution, on the way down and on the way up.
+    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
     """
 
     def __init__(self, channels, widths, blocks):
@@ -210,7 +210,7 @@ def load_images(data, root):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -219,7 +219,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -228,8 +228,8 @@ def update_ema(ema, model, step):
 def train(diffusion, model, images, args):
     """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 suits long runs
-    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
+    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
     losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
     try:
@@ -286,7 +286,7 @@ def race(diffusion, images_of, held_out, cost, args):
             # The weights carry over. Optimizer, warm-up, fall of the learning rate and EMA begin anew.
             stage = argparse.Namespace(**vars(args) | {"steps": steps})
             emas[way][size], losses = train(diffusion, model, images_of[size], stage)
-            if len(losses) < steps:  # Ctrl-C: the race is over, and this run does not count
+            if len(losses) < steps:  # Ctrl-C: the race ends without a point for this run
                 return points, emas
         seconds = time.perf_counter() - start
         torch.manual_seed(0)  # the same t and noise for every network

@@ -121,7 +121,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). A CPU is slow on groups narrower than 16."""
+    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -166,7 +166,7 @@ class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
     channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution, on the way down and on the way up.
+    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
     attention: indices into widths of the resolutions with attention; the coarsest always has it.
     """
 
@@ -230,7 +230,7 @@ def flip(x0):
 
 # 6. Training --------------------------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware multiplies it, and in fp32 elsewhere."""
+    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -239,7 +239,7 @@ def autocast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would remember the random start for 10,000s of steps."""
+    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
@@ -251,7 +251,7 @@ def train(diffusion, model, images, args, resumed=None):
     Writes checkpoint.pt and preview.png to args.out on the way. Ctrl-C ends it after the step that is running.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 suits long runs
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     losses, done = torch.zeros(args.steps, device=images.device), 0  # .item() would make each step wait
     if resumed:
@@ -259,7 +259,7 @@ def train(diffusion, model, images, args, resumed=None):
         losses[:done] = resumed["losses"]
         for name, part in parts.items():
             part.load_state_dict(resumed[name])
-    # The learning rate rises to lr over the first 30th of the steps, then falls in a straight line to 0.
+    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps, last_epoch=done - 1
     )
