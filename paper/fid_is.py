@@ -234,7 +234,7 @@ def main(argv=None):
     flag("samples", nargs="*", help=".npz files or folders of images (without any: sets whose faults are known)")
     flag("--reference", help="mnist, cifar10, digits, photos, a folder or an .npz file (what suits the samples)")
     flag("--features", choices=["classifier", "inception"], help="(classifier, if the reference has labels)")
-    flag("--inception-weights", dest="weights", help="a file: then Inception is used, and no internet")
+    flag("--inception-weights", dest="weights", help="a file of Inception's weights, which is then used")
     flag("--plot", action="store_true", help="write distance.png and, if two sets have labels, tradeoff.png")
     flag("--seed", type=int, default=0, help="of the noise and of random draws, not of the classifier (0)")
     flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
@@ -274,7 +274,7 @@ def main(argv=None):
     else:
         path = Path(args.data_root, f"classifier_{Path(name).stem}{'_smoke' * args.smoke}.pt")
         network = find_classifier(real[:n_train], labels[:n_train], path, args.device, 3 if args.smoke else 1000)
-        real, labels = real[n_train:], labels[n_train:]  # it has seen the others
+        real, labels = real[n_train:], labels[n_train:]  # the classifier has seen the others
     rows, against = score_all(network, sets, real, labels, n_floor)
     width, most = max(len(name) for name, _, _ in rows), min(n_floor, max(len(images) for _, images, _ in sets))
     table = [f"{FD}: the distance to {len(against):,} images of {name}; over 0.9: classified with that confidence",
