@@ -369,6 +369,7 @@ def main(argv=None):
         network = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
         if args.load:
             network.load_state_dict(saved[name]["ema"])
+            args.steps = saved[name]["settings"]["steps"]
         else:
             print(f"The {name} schedule: {len(images):,} images of {args.data}")
             network, losses = train(diffusion, network, images, args)  # the EMA of it
@@ -396,8 +397,9 @@ def main(argv=None):
     over_t.legend()
     over_t.figure.savefig(args.out / "loss_by_t.png")
     axes = Figure(figsize=(6, 2.6), layout="constrained").subplots()
-    axes.imshow(torch.cat(list(rows.values()), dim=1).permute(1, 2, 0))
-    axes.set(xticks=[], yticks=[16 + 32 * k for k in range(len(rows))], yticklabels=list(rows))
+    picture = torch.cat(list(rows.values()), dim=1).permute(1, 2, 0)
+    axes.imshow(picture)
+    axes.set(xticks=[], yticks=[(k + 0.5) * len(picture) / len(rows) for k in range(len(rows))], yticklabels=list(rows))
     axes.figure.savefig(args.out / "skipped.png")
     print(f"{report}4 x {args.samples} samples; {time.perf_counter() - start:.0f} s: {args.out}")
 

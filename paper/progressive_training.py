@@ -255,6 +255,7 @@ def train(diffusion, model, images, args):
         print(f"\nStopped after {done} steps: the samples show what was learned by then.")
     return ema, losses[: max(done, 1)].cpu()
 
+
 def seconds_per_step(diffusion, images, args):
     """How long a training step takes on these images: the fastest of three runs of five."""
     model = UNet(**args.network).to(images.device, memory_format=torch.channels_last)
@@ -363,7 +364,7 @@ def main(argv=None):
     # Training, or loading
     if not args.load:
         images, args.data = load_images(args.data, args.data_root)
-        print(f"{len(images):,} images of {args.data}")
+        print(f"{len(images):,} images of {args.data}; first, how long a training step takes at each size")
         torch.manual_seed(0)  # whatever the seed, no network is judged by images that it was trained on
         images = F.pad(images[torch.randperm(len(images))], (2, 2, 2, 2)).to(args.device)  # (N, 1, 32, 32)
         held_out, images = images[: len(images) // 6], images[len(images) // 6 :]
