@@ -19,8 +19,8 @@ SHORTER = {
     "01_noise_schedule": {"(16, 1, 28, 28)": "(1, 1, 28, 28)"},
     "02_sampling_steps": {"(5, 10, 20, 50)": "(5, 10)", "linspace(0, 1, 12)": "linspace(0, 1, 2)", "N = 200": "N = 2"},
     "03_guidance_scale": {
-        **{"w, 30)": "w, 2)", "draw(y, w, 20)": "draw(y, w, 1)", "28, 28), 30)": "28, 28), 2)"},
-        **{"10), 600": "10), 3", '"mnist", "data"': '"digits", None'},
+        **{"w, 30)": "w, 2)", "-2, 30)": "-2, 2)", "draw(y, w, 20)": "draw(y, w, 1)", "28, 28), 30)": "28, 28), 2)"},
+        **{"arange(100)": "arange(10)", "10), 600": "10), 3", '"mnist", "data"': '"digits", None'},
     },
     "04_fid": {
         **{'"mnist", "data"': '"digits", None', "pt\"), 1000": "pt\"), 20", "range(60)": "range(2)"},

@@ -150,14 +150,15 @@ def run(monkeypatch, tmp_path, *flags, done=None, **patches):
     return networks, trained, figures
 
 
-def test_which_schedule_made_which_file_row_and_line(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("n", [9, 1])
+def test_which_schedule_made_which_file_row_and_line(n, monkeypatch, tmp_path, capsys):
     """Networks whose x_0 is a grey level of its own, right only under its own schedule."""
-    networks, _, figures = run(monkeypatch, tmp_path, "--skip-last", "0.4", "--samples", "9")
+    networks, _, figures = run(monkeypatch, tmp_path, "--skip-last", "0.4", "--samples", str(n))
     grey = {"linear": 64, "cosine": 191}
     for name in ("linear", "cosine"):
         for kind in ("samples", "skipped"):
             samples = np.load(tmp_path / f"{kind}_{name}.npz")["arr_0"]
-            assert samples.shape == (9, 28, 28, 1) and samples.dtype == np.uint8
+            assert samples.shape == (n, 28, 28, 1) and samples.dtype == np.uint8
             assert (samples == grey[name]).all()
         assert torch.load(tmp_path / f"model_{name}.pt")["settings"]["schedule"] == name
 
@@ -308,12 +309,19 @@ def test_after_ctrl_c_the_second_network_has_no_more_steps_than_the_first(monkey
 # Files and flags ------------------------------------------------------------------------------------------------------
 
 
-def test_the_linear_network_serves_ddpm_mnist(tmp_path, capsys):
-    """And two files that have changed places are found out."""
+def test_the_linear_network_serves_ddpm_mnist(tmp_path, monkeypatch, capsys):
+    """Each file keeps its own number of steps, and two files that have changed places are found out."""
+    monkeypatch.setattr(load(PATH), "loss_by_t", lambda *_: torch.ones(20))
+    monkeypatch.setattr(load(PATH), "sample_respaced", lambda *_: torch.zeros(1, 1, 28, 28))
     load(PATH).main(["--smoke", "--out", str(tmp_path)])
     load(MNIST).main(["--load", str(tmp_path / "model_linear.pt"), "--out", str(tmp_path / "drawn")])
     assert np.load(tmp_path / "drawn" / "samples.npz")["arr_0"].shape == (8, 28, 28, 1)
     linear, cosine, third = (tmp_path / name for name in ("model_linear.pt", "model_cosine.pt", "third.pt"))
+    saved = torch.load(cosine)
+    torch.save(saved | {"settings": saved["settings"] | {"steps": 2}}, cosine)
+    load(PATH).main(["--load", str(tmp_path), "--out", str(tmp_path / "loaded")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "linear: 3 steps" in last and "cosine: 2 steps" in last
     linear.rename(third), cosine.rename(linear), third.rename(cosine)
     assert "model_linear.pt" in one_line(PATH, ["--load", tmp_path, "--out", tmp_path / "out"], capsys)
     saved = torch.load(cosine)
