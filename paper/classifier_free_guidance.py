@@ -369,6 +369,7 @@ def main(argv=None):
     draw = partial(diffusion.ddim_sample, S=S, eta=eta, clip=args.clip, variance="beta")
     figure, columns = Figure(figsize=(2.3 * len(args.w) + 0.5, 6), layout="constrained"), min(4, args.samples // 10)
     for w, axes in zip(args.w, figure.subplots(1, len(args.w), squeeze=False)[0], strict=True):
+        print(f"w = {w:g}: {args.samples} samples, at most 500 at a time")
         torch.manual_seed(args.seed)
         with autocast(args.device):
             parts = [draw(partial(guided_eps, ema, y=part, w=w), (len(part), 1, 28, 28)) for part in y.split(500)]

@@ -409,6 +409,7 @@ def main(argv=None):
     draw = partial(diffusion.ddim_sample, S=min(50, args.T), clip=args.clip)
     figure, columns = Figure(figsize=(2.3 * len(args.s) + 0.5, 6), layout="constrained"), min(4, args.samples // 10)
     for s, axes in zip(args.s, figure.subplots(1, len(args.s), squeeze=False)[0], strict=True):
+        print(f"s = {s:g}: {args.samples} samples, at most 500 at a time")
         torch.manual_seed(args.seed)
         eps_of = partial(classifier_eps, diffusion, *networks.values(), s=s)
         with autocast(args.device):
