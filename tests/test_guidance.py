@@ -501,7 +501,7 @@ def test_a_network_of_ddpm_mnist_is_guided_untrained(tmp_path):
     script.main(["--load", str(tmp_path / "its.pt"), "--smoke", "--s", "3", "--out", str(tmp_path / "first")])
     saved = torch.load(tmp_path / "first" / "model.pt", weights_only=True)
     assert all(torch.equal(saved["ema"][name], value) for name, value in model.state_dict().items())
-    assert (saved["settings"]["T"], saved["settings"]["samples"], saved["settings"]["s"]) == (7, 20, [3])
+    assert [saved["settings"][name] for name in ("T", "steps", "samples", "s")] == [7, 5, 20, [3]]
     mnist.UNet(**saved["network"]).load_state_dict(saved["ema"])
     script.main(["--load", str(tmp_path / "first" / "model.pt"), "--out", str(tmp_path / "second")])
     of_both = [np.load(tmp_path / run / "s_3.npz")["arr_0"] for run in ("first", "second")]
