@@ -353,7 +353,7 @@ def main(argv=None):
     if args.load:
         try:
             saved = torch.load(args.load, map_location="cpu", weights_only=True)
-            names = SETTINGS if "classifier" in saved else ["steps", "T", "data"]  # those of another script's training
+            names = SETTINGS if "classifier" in saved else ["steps", "T", "data"]  # another script's: how it trained
             defaults |= {"network": saved["network"] | {"channels": 1}, **{k: saved["settings"][k] for k in names}}
             UNet(**defaults["network"]).load_state_dict(saved["ema"])
             assert saved["settings"].get("schedule", "linear") == "linear"
