@@ -36,12 +36,17 @@ from tqdm import tqdm
 
 # 1. Forward process -------------------------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    Meant for T = 1000. With T = 100 a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
@@ -54,12 +59,18 @@ class Diffusion:
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # alphas_cumprod in other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0)
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose most of its digits in float32. First to dtype, then to
+        # the device: MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
@@ -75,34 +86,57 @@ class Diffusion:
 
     # 3. Sampling ------------------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        signal = at(self.alpha_bar, t).sqrt()
+        noise = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - noise * eps_hat) / signal
 
     @torch.no_grad()
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
-        """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
+        """x_{t_next} from x_t (DDIM, Eq. 12 and 16). t and t_next: ints, with t > t_next >= 0.
 
-        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
+        x_{t_next} = sqrt(alpha_bar_{t_next}) x0_hat
+                     + sqrt(1 - alpha_bar_{t_next} - sigma^2) eps_hat + sigma z
+        sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
+        beta = 1 - alpha_bar_t / alpha_bar_{t_next}
+
+        beta is the variance of the noise that the forward process adds between t_next and t. With
+        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
+        the other choice of DDPM (sigma-hat in the DDIM paper).
         """
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-        alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
+        alpha_bar = at(self.alpha_bar, t)
+        alpha_bar_next = at(self.alpha_bar, t_next)
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        noise_variance_next = at(self.one_minus_alpha_bar, t_next)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # and then eps_hat must be the noise that goes with the clipped x0_hat
+        if clip:  # eps_hat must then be the noise that leads from the clipped x0_hat to x_t
             x0_hat = x0_hat.clamp(-1, 1)
-            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-        beta = 1 - alpha_bar / alpha_bar_next  # of the one long step
-        sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * beta
-        mean = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).sqrt() * eps_hat
+            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
+        beta = 1 - alpha_bar / alpha_bar_next
+        sigma2 = eta**2 * beta * noise_variance_next / noise_variance
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
-        return mean + {"beta": beta, "beta_tilde": sigma2}[variance].sqrt() * torch.randn_like(xt)
+        if variance == "beta":
+            sigma2 = beta
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
-    def ddim_sample(self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"):
-        """x_0 of that shape in S steps, from xT or else from fresh noise."""
-        xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype) if xT is None else xT
-        for t, t_next in tqdm(list(pairwise([*ddim_timesteps(self.T, S, spacing), 0])), f"S = {S}, eta = {eta:g}"):
+    def ddim_sample(
+        self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
+    ):
+        """x_0 in S steps, from xT if it is given, else from noise of that shape (B, C, H, W)."""
+        if xT is None:
+            xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
+        xt = xT
+        times = ddim_timesteps(self.T, S, spacing) + [0]
+        pairs = list(pairwise(times))  # (tau_S, tau_{S-1}), ..., (tau_1, 0)
+        for t, t_next in tqdm(pairs, f"S = {S}, eta = {eta:g}"):
             xt = self.ddim_step(model, xt, t, t_next, eta, clip, variance)
         return xt
 
@@ -119,13 +153,20 @@ class Diffusion:
 
 
 def ddim_timesteps(T, S, spacing="uniform"):
-    """tau_S > ... > tau_1, S distinct times in 1..T (DDIM, Appendix D.2), T always the first.
+    """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: every (T/S)-th. quadratic: tau_i = T (i/S)^2, close together near 0; times that would coincide there move
-    up to the next free one. (The official code ends its quadratic times at 0.8 T and lets them repeat.)
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
+    two would round to the same time, one moves up to the next free one. The first is always T: the
+    paper asks for one close to T, and its code's 10 uniform times begin at 901.
     """
-    power = {"uniform": 1, "quadratic": 2}[spacing]
-    return [max(i, round(T * (i / S) ** power)) for i in range(S, 0, -1)]
+    times = []
+    for i in range(S, 0, -1):
+        fraction = i / S
+        if spacing == "quadratic":
+            fraction = fraction**2
+        tau = round(T * fraction)
+        times.append(max(i, tau))  # i - 1 more times must fit in below this one
+    return times
 
 
 def slerp(x, y, u):
