@@ -1,8 +1,9 @@
-"""The exercises: each stub is refused in words, each solution passes, mistakes are noticed, every other block runs.
+"""The exercises: stubs are refused in words, solutions pass, mistakes are named, all blocks run.
 
-The Python blocks of an exercise begin with a comment that says what they are: `# stub NAME`, `# check NAME` and
-`# solution NAME` belong together, in this order; any other block is a part of the learner's file, and runs where it
-stands. So the learner's file is: all blocks from top to bottom, with the stubs filled in.
+The Python blocks of an exercise begin with a line that says what they are: `# %% stub NAME`,
+`# %% check NAME` and `# %% solution NAME` belong together, in this order; any other block is a
+part of the learner's file, and runs where it stands. So the learner's file is: all blocks from top
+to bottom, with the stubs filled in.
 """
 import re
 
@@ -12,7 +13,8 @@ import torch
 from conftest import ROOT
 
 EXERCISES = sorted((ROOT / "exercises").glob("0*.md"))
-SECTIONS = ["Goal", "Predict", "Build", "Draw", "Break it", "Explain"]
+SECTIONS = ["Goal", "Predict", "Build", "Generate and plot", "Break it", "Explain", "Look back"]
+OLD_SECTIONS = ["Goal", "Predict", "Build", "Draw", "Break it", "Explain"]
 
 # What takes long in an exercise, and what the tests take in its place: {exercise: {text: text}}.
 SHORTER = {
@@ -191,7 +193,7 @@ each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=[path.stem for pa
 
 def blocks(path):
     """(kind, name, code) of the Python blocks, from top to bottom."""
-    found = re.findall(r"```python\n# ([a-z]+)(?: (\w+))?[^\n]*\n(.*?)```", path.read_text(), re.DOTALL)
+    found = re.findall(r"```python\n# (?:%% )?([a-z]+)(?: (\w+))?[^\n]*\n(.*?)```", path.read_text(), re.DOTALL)
     assert len(found) == path.read_text().count("```python"), "a block does not say what it is"
     return found
 
@@ -199,7 +201,7 @@ def blocks(path):
 @each_exercise
 def test_sections(path):
     text = path.read_text()
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) in (SECTIONS, OLD_SECTIONS)
     assert re.search(r"^Difficulty: (easy|medium|hard)\. Time: \d+ minutes", text, re.MULTILINE)
     for kind, name, code in blocks(path):
         if kind == "stub":
@@ -209,13 +211,13 @@ def test_sections(path):
     assert text.count("<summary>Answers") == 1
 
 
-def refused(code, check, space):
+def refused(code, check, space, named=""):
     """Whether the check says in words, not by a crash, that this code is wrong."""
     space = dict(space)  # what it defines stays in here
     with pytest.raises((AssertionError, NotImplementedError)) as error:
         exec(code, space)
         exec(check, space)
-    return len(str(error.value).split()) > 3
+    return len(str(error.value).split()) > 3 and named in str(error.value)
 
 
 @each_exercise
@@ -238,9 +240,10 @@ def test_the_exercise_from_top_to_bottom(path, tmp_path, monkeypatch):
             assert refused(stub, check, space), f"{name}: the stub"
             mistakes = MISTAKES[path.stem][name]
             assert len(mistakes) >= 2
-            for right, wrong in mistakes:
+            for right, wrong, *named in mistakes:  # named: a part of the message, where it matters
                 assert code.count(right) == 1, f"{name}: {right}"
-                assert refused(code.replace(right, wrong), check, space), f"{name}: {wrong}"
+                broken = code.replace(right, wrong)
+                assert refused(broken, check, space, *named), f"{name}: {wrong}"
             exec(code + check, space)
     assert not shorter, "these texts do not occur"
     assert {name for kind, name in code_of if kind == "stub"} == set(MISTAKES[path.stem])
