@@ -1,10 +1,10 @@
 """DDPM on handwritten digits: the whole algorithm in one file. Start here.
 
 Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). The forward process
-turns an image x_0 into noise x_T in T steps. Each step shrinks the image slightly and adds a
-little Gaussian noise. A network is given x_t and learns to predict the noise in it, which also
-yields an estimate of x_0. The reverse process starts from pure noise. Each of its steps moves a
-little towards that estimate and adds a little fresh noise.
+turns an image x_0 into noise x_T in T steps. Each step scales the pixel values down slightly and
+adds a little Gaussian noise. A network is given x_t and t and learns to predict the noise in x_t,
+which also yields an estimate of x_0. The reverse process starts from pure noise. Each of its steps
+moves a little towards that estimate and adds a little fresh noise.
 
     python pytorch_lowlevel/ddpm_mnist.py        # 6 to 10 minutes on two CPU cores, with sampling
     python pytorch_lowlevel/ddpm_mnist.py --load assets/ddpm_mnist.pt  # generate without training
@@ -45,7 +45,8 @@ matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
 
-    Meant for T = 1000. With T = 100 a third of the signal's variance would survive until x_T.
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
     """
     beta = torch.zeros(T + 1, dtype=torch.float64)
     beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -60,24 +61,25 @@ def at(table, t):
 class Diffusion:
     """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise,  alpha_t = 1 - beta_t
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
     t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
-    q is the distribution of this forward process.
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    beta: (T+1,) with beta[0] = 0. In every table, index t is the paper's t, and index 0 is the
-    clean image. model: any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
+    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
+    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
+    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod in other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0); 0/0 at t = 0
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
-        # to 1, and 1 - alpha_bar would lose most of its digits in float32. First to dtype, then to
-        # the device: MPS has no float64.
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
         self.beta = beta.to(dtype).to(device)
         self.alpha = alpha.to(dtype).to(device)
         self.alpha_bar = alpha_bar.to(dtype).to(device)
@@ -85,26 +87,15 @@ class Diffusion:
         self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t directly from x_0, without the steps between (DDPM, Eq. 4)."""
-        signal = at(self.alpha_bar, t).sqrt()
-        noise = at(self.one_minus_alpha_bar, t).sqrt()
-        return signal * x0 + noise * eps
-
-    def q_posterior(self, x0, xt, t):
-        """Mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7).
-
-        This is the reverse step for a known x_0. p_sample puts the network's estimate in its place.
-        """
-        noise_variance = at(self.one_minus_alpha_bar, t)
-        x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
-        xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
-        mean = x0_weight * x0 + xt_weight * xt
-        return mean, at(self.beta_tilde, t)
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
     # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
         """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
-        # A random t for each image: every batch trains many noise levels.
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
         xt = self.q_sample(x0, t, eps)
@@ -114,23 +105,34 @@ class Diffusion:
     # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
         """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
-        signal = at(self.alpha_bar, t).sqrt()
-        noise = at(self.one_minus_alpha_bar, t).sqrt()
-        return (xt - noise * eps_hat) / signal
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
+
+    def q_posterior(self, x0, xt, t):
+        """A step back if x_0 is known: mean and variance of q(x_{t-1} | x_t, x_0), DDPM's Eq. 6-7."""
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
+        xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
+        mean = x0_weight * x0 + xt_weight * xt
+        return mean, at(self.beta_tilde, t)
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch."""
+        """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch.
+
+        The mean of x_{t-1} is that of q_posterior, with x0_hat for the unknown x_0. If nothing is
+        clipped, it is (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t), Eq. 11.
+        """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
-        # At large t, x0_hat is a blurred average of many digits: we only move a little towards it.
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:  # no real pixel lies outside [-1, 1]
             x0_hat = x0_hat.clamp(-1, 1)
-        # Without clipping, this is the paper's mean (Eq. 11),
-        # (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t).
+        # At large t, x0_hat is a blurred average of many digits. But then its weight is small: we
+        # move only a little towards it, and ask the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
-        if t == 1:  # the last step adds no noise
+        if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
         if variance == "beta":  # two choices with similar results (Section 3.2)
             sigma2 = at(self.beta, t)
@@ -162,13 +164,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1 = nn.GroupNorm(c_in // 16, c_in)  # groups of 16: smaller ones are slow on CPUs
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)  # 16 channels a group: fewer are slow
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # at first, the block adds just a constant to its skip
+        # The block starts out as its skip path plus a constant, so that a deep stack of such blocks
+        # passes on its input, and the gradients on the way back. This makes training stable.
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -185,34 +189,35 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(c // 16, c)
         self.qkv = nn.Linear(c, 3 * c)
         self.out = nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1 head, HW, 3C): fused kernels need 4 dimensions
+        # One head, as a dimension of its own: PyTorch's fused kernels need four.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
         q, k, v = qkv.chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
         out = self.out(out)
         return x + out.transpose(1, 2).view(x.shape)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
+    """The network: eps_hat = unet(xt, t), with xt and eps_hat (B, C, H, W) and t (B,).
 
-    channels: C. widths: channels at each resolution, finest first. Each resolution halves H and W,
-    so both must be divisible by 2 ** (len(widths) - 1).
-    blocks: ResBlocks at every resolution but the coarsest, on the way down and on the way up.
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
     """
 
     def __init__(self, channels, widths, blocks):
         super().__init__()
         d_time = 4 * widths[0]
-        self.d = widths[0]
+        self.d = widths[0]  # the length of the time embedding
         self.time = nn.Sequential(
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # here, because every ResBlock would apply it first
+            nn.SiLU(),  # here once, and not in every ResBlock before its own Linear
         )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
@@ -226,8 +231,9 @@ class UNet(nn.Module):
                 nn.Upsample(scale_factor=2),
                 nn.Conv2d(c_below, c, 3, padding=1),
             )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
             level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
-            self.up.append(nn.ModuleList(level))  # 2 c channels: h, concatenated with its skip
+            self.up.append(nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
         self.last = nn.Sequential(
@@ -242,8 +248,8 @@ class UNet(nn.Module):
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
         for level in self.down:
-            *blocks, downsample = level
-            for block in blocks:
+            *res_blocks, downsample = level
+            for block in res_blocks:
                 h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
@@ -252,25 +258,25 @@ class UNet(nn.Module):
         h = attention(h)
         h = block2(h, time_emb)
         for level in self.up:
-            upsample, *blocks = level
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = torch.cat([h, skips.pop()], dim=1)  # skip connection
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
                 h = block(h, time_emb)
         return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_mnist(data, root):
-    """The training images (N, 1, 28, 28) uint8, and the name of the data set that they are from.
+    """Training images (N, 1, 28, 28) uint8, and the name of the data set that was really used.
 
-    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    data: "mnist", or "mnist5k", 5,000 of its images that need no download. root: MNIST's folder.
     """
     if data == "mnist":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
             return MNIST(root, download=True).data.unsqueeze(1), "mnist"
-        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+        except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
             print(
                 f"MNIST cannot be loaded: {error}\n"
                 f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
@@ -284,7 +290,7 @@ def load_mnist(data, root):
 
 # 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
+    """A context manager for bf16 where the hardware computes in it (emulated, it is slow)."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -295,22 +301,23 @@ def autocast(device):
 def lr_factor(step, steps):
     """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
 
-    Adam's first estimates of the gradients' size are poor, so the first updates must be small.
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
     Towards the end, smaller and smaller updates average out the noise of the batches.
     """
     warm_up = 30 * (step + 1) / steps  # reaches 1 after a thirtieth of the training
-    decay = 1 - step / steps
-    return min(warm_up, decay)
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
     """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
 
-    Each training step jolts the weights, and averaging them cancels the jolts: the averaged
-    network generates clearer images. The decay rises (0.1 at step 0, 0.9 at step 80), so that the
-    average spans about the last tenth of the training so far. With a fixed decay of 0.9999, half
-    of it would still be the random initial weights after 6,900 steps.
+    The weights jitter from training step to training step. The averaged weights do not, and the
+    network that has them generates clearer images. 1 - decay = 9 / (10 + step), so the average
+    spans about the last tenth of the training so far. (A fixed decay of 0.9999 would be too slow
+    for short runs: after 6,900 steps, half of the average would still be the random initial
+    weights. As an upper limit it matters in runs of more than 90,000 training steps.)
     """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
@@ -323,14 +330,16 @@ def train(diffusion, model, images, steps, batch_size, lr):
     images: (N, C, H, W) uint8, on the model's device.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # These betas are Adam's, not the noise schedule's: how slowly it forgets earlier gradients and
-    # their squares. The usual 0.999 is too slow for a run of a few thousand training steps.
+    # The learning rate is set in each training step. These betas are Adam's and have nothing to do
+    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
+    # The usual 0.999 is too slow for a run of a few thousand training steps.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     losses = []
     try:
         with tqdm(range(steps), "training") as bar:
             for step in bar:
                 optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                # A random batch. There are no epochs: the formula says x_0 ~ q(x_0).
                 index = torch.randint(len(images), (batch_size,), device=images.device)
                 x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
                 with autocast(images.device):
@@ -354,9 +363,10 @@ def train(diffusion, model, images, steps, batch_size, lr):
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-CPU = dict(  # the best of some thirty trial runs of five minutes on two cores
+# All settings. On a CPU, those with the best samples of some thirty runs of five minutes.
+CPU = dict(
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
-    steps=2250,  # five minutes
+    steps=2250,
     batch_size=32,  # small batches: in five minutes, many updates matter more than precise ones
     lr=1.5e-3,  # at three times this rate, training diverged now and then
     T=1000,
@@ -379,11 +389,11 @@ SMOKE = dict(  # a quick self-test: the samples are noise
     data="mnist5k",
 )
 TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # no use beside --load
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # refused with --load
 
 
 def within(low, high, kind=int):
-    """The type of a flag: a number from low to high."""
+    """The type of a flag, for argparse: a number from low to high."""
 
     def number(text):
         if not low <= kind(text) <= high:
@@ -394,22 +404,22 @@ def within(low, high, kind=int):
 
 
 def existing_device(text):
-    """The type of --device: a device that this machine has."""
+    """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # a device that can compute, and return the result
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
 
 
 def add_common_flags(parser):
-    """The flags that all training scripts share."""
+    """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # T beyond 8,000: float32 would round alpha_bar_T to 0, and predict_x0 divides by its root.
+    # Not far beyond T = 8,000, alpha_bar_T is 0 in float32, and predict_x0 divides by its root.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
-    flag("--batch-size", type=positive, help="images in a training step")
+    flag("--batch-size", type=positive, help="images per training step")
     flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
     flag("--data-root", help="folder of the data set, downloaded if it is not there")
     flag("--seed", type=within(0, 10**9), help="random seed")
@@ -422,15 +432,16 @@ def add_common_flags(parser):
 
 
 def merge_settings(parser, argv):
-    """All settings. Flags override those of --smoke, which override the device's defaults."""
-    given = vars(parser.parse_args(argv))  # SUPPRESS leaves out the flags that were not given
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # With argument_default=SUPPRESS, a flag without a default of its own is there only if given.
+    given = vars(parser.parse_args(argv))
     settings = GPU if given["device"].type == "cuda" else CPU
     folder = Path("runs", Path(__file__).stem)
     if "smoke" in given:
         settings = settings | SMOKE
         folder /= "smoke"
     if given["load"]:
-        folder /= "loaded"  # a folder of its own, so that no trained network is overwritten
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
         for name in TRAINING_FLAGS:
             if name in given:
                 parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
@@ -455,7 +466,7 @@ def parse_args(argv):
 def new_files(out):
     """A temporary folder to write to. At the end, its files move to the folder `out`.
 
-    A kill or a full disk in between leaves no half-written file there, and loses no older one.
+    So if the program is killed or the disk is full, no file in `out` is half written or lost.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -468,8 +479,9 @@ def new_files(out):
 
 
 def save_model(ema, args, data, path):
-    """All that --load needs: the averaged weights, the UNet's arguments, facts of the training."""
+    """What --load needs, and facts about the training."""
     facts = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
     with open(path, "wb") as file:
         torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
 
@@ -477,7 +489,7 @@ def save_model(ema, args, data, path):
 def load_model(path):
     """The network in a model.pt, with its averaged weights, and the T that it was trained with.
 
-    A model.pt of another script will do if its network and its task are the same.
+    A model.pt from another script works too if its network and its task are the same.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -486,11 +498,11 @@ def load_model(path):
         T = facts["T"]
     except OSError as error:
         sys.exit(f"--load {path}: {error.strerror}")
-    except Exception as error:  # without its own message: torch.load's advises to load unsafely
+    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
     if unet.keys() != CPU["unet"].keys() or unet["channels"] != CPU["unet"]["channels"]:
-        sys.exit(f"--load {path}: the network in this file is of another kind than this script's")
-    if facts.get("task", TASK) != TASK:
+        sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
+    if facts.get("task", TASK) != TASK:  # files of earlier versions name no task
         sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
     model = UNet(**unet)
     model.load_state_dict(saved["ema"])
@@ -513,7 +525,7 @@ def save_grid(samples, path):
 def plot_loss(losses, path):
     """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
     window = 1 + len(losses) // 50
-    means = losses.unfold(0, window, 1).mean(1)  # of the losses 1 to window, 2 to window + 1, ...
+    means = losses.unfold(0, window, 1).mean(1)  # means[i]: of losses[i] to losses[i + window - 1]
     axes = Figure().subplots()
     axes.semilogy(range(window, len(losses) + 1), means)
     axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
@@ -522,15 +534,19 @@ def plot_loss(losses, path):
 
 @torch.no_grad()
 def denoising_frames(diffusion, model, variance):
-    """Some 30 frames (3, H, W). Above: x_t. Below: x0_hat, the estimate of x_0 from this x_t."""
+    """Frames (3, H, W), about 30. Top: x_t. Bottom: x0_hat, the estimate of x_0 from this x_t.
+
+    This is the loop of `sample` once more, which also looks at x0_hat now and then.
+    """
     interval = max(1, diffusion.T // 30)
     frames = []
     xt = torch.randn(8, 1, 28, 28, device=diffusion.beta.device)
     for t in tqdm(range(diffusion.T, 0, -1), "denoising.gif"):
-        if (t - 1) % interval == 0:  # t = 1 is among them
+        if (t - 1) % interval == 0:  # the last frame is t = 1
             eps_hat = model(xt, torch.full((8,), t, device=xt.device))
             x0_hat = diffusion.predict_x0(xt, t, eps_hat)
             rows = F.interpolate(torch.cat([xt, x0_hat]).cpu(), scale_factor=2)
+            # From [-1, 1] to [0, 1]; values outside are clipped.
             frames.append(make_grid(rows, nrow=8, normalize=True, value_range=(-1, 1)))
         xt = diffusion.p_sample(model, xt, t, variance=variance)
     return frames
@@ -539,7 +555,7 @@ def denoising_frames(diffusion, model, variance):
 def main(argv=None):
     args = parse_args(argv)
     with new_files(args.out):
-        pass  # if that fails, then now and not after the training
+        pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
     if args.load:
         model, args.T = load_model(args.load)
@@ -554,6 +570,7 @@ def main(argv=None):
         print(f"{len(images):,} images ({data})")
         images = images.to(args.device)
         began = time.perf_counter()
+        # From here on, `model` is the average.
         model, losses = train(diffusion, model, images, args.steps, args.batch_size, args.lr)
         report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
         report += f"loss {losses[-50:].mean():.4f}; "
@@ -572,9 +589,10 @@ def main(argv=None):
         report += f"{args.samples} samples in {time.perf_counter() - began:.0f} s"
         frames = denoising_frames(diffusion, model, args.variance)
     samples = torch.cat(parts)  # (N, 1, 28, 28)
-    film = [to_pil_image(frame) for frame in frames + 15 * frames[-1:]]  # the last one stays
+    film = [to_pil_image(frame) for frame in frames + 15 * frames[-1:]]  # hold the last
     with new_files(args.out) as folder:
-        np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())  # (N, 28, 28, 1)
+        # Channels last, as fid_is.py and other programs that score samples expect it.
+        np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
         save_grid(samples, folder / "samples.png")
         save_image(frames[::6], folder / "denoising.png", nrow=1)
         film[0].save(
