@@ -110,7 +110,7 @@ class Diffusion:
         return (xt - eps_scale * eps_hat) / x0_scale
 
     def q_posterior(self, x0, xt, t):
-        """A step back if x_0 is known: mean and variance of q(x_{t-1} | x_t, x_0), DDPM's Eq. 6-7."""
+        """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
         noise_variance = at(self.one_minus_alpha_bar, t)
         x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
         xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
