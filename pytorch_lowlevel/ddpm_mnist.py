@@ -368,7 +368,7 @@ CPU = dict(
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
     steps=2250,
     batch_size=32,  # small batches: in five minutes, many updates matter more than precise ones
-    lr=1.5e-3,  # at three times this rate, training diverged now and then
+    lr=1.5e-3,  # high, because the run is short
     T=1000,
     samples=64,
     variance="beta",
@@ -500,7 +500,8 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    if unet.keys() != CPU["unet"].keys() or unet["channels"] != CPU["unet"]["channels"]:
+    known = unet.keys() <= CPU["unet"].keys()
+    if not known or unet.get("channels") != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
     if facts.get("task", TASK) != TASK:  # files of earlier versions name no task
         sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
