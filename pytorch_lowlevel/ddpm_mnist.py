@@ -500,8 +500,7 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    known = unet.keys() <= CPU["unet"].keys()
-    if not known or unet.get("channels") != CPU["unet"]["channels"]:
+    if unet.keys() - CPU["unet"].keys() or unet.get("channels") != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
     if facts.get("task", TASK) != TASK:  # files of earlier versions name no task
         sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
