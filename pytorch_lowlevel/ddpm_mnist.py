@@ -4,7 +4,7 @@ Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). The
 turns an image x_0 into noise x_T in T steps. Each step scales the pixel values down slightly and
 adds a little Gaussian noise. A network is given x_t and t and learns to predict the noise in x_t,
 which also yields an estimate of x_0. The reverse process starts from pure noise. Each of its steps
-moves a little towards that estimate and adds a little fresh noise.
+moves towards that estimate, at first very little, and adds a little fresh noise.
 
     python pytorch_lowlevel/ddpm_mnist.py        # 6 to 10 minutes on two CPU cores, with sampling
     python pytorch_lowlevel/ddpm_mnist.py --load assets/ddpm_mnist.pt  # generate without training
@@ -66,15 +66,17 @@ class Diffusion:
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
     eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
-    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
-    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: the tests use float64.
+    The methods take images (B, C, H, W); t, which is (B,) or an int for the whole batch; and
+    `model`, any callable with eps_hat = model(xt, t), for which t is always (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0); 0/0 at t = 0
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0, as the formula would give 0/0 there
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
@@ -129,8 +131,9 @@ class Diffusion:
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:  # no real pixel lies outside [-1, 1]
             x0_hat = x0_hat.clamp(-1, 1)
-        # At large t, x0_hat is a blurred average of many digits. But then its weight is small: we
-        # move only a little towards it, and ask the network again.
+        # At large t, x0_hat is only a blurred average of many digits. That does no harm: x0_weight
+        # in q_posterior is small then, so this step moves only a little towards the blur, and the
+        # next step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
@@ -143,7 +146,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta"):
-        """Generate images of that shape (B, C, H, W): noise x_T, then steps t = T, ..., 1."""
+        """Generate images of the given shape (B, C, H, W): noise x_T, then steps t = T, ..., 1."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             xt = self.p_sample(model, xt, t, clip, variance)
@@ -164,14 +167,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1 = nn.GroupNorm(c_in // 16, c_in)  # 16 channels a group: fewer are slow
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # The block starts out as its skip path plus a constant, so that a deep stack of such blocks
-        # passes on its input, and the gradients on the way back. This makes training stable.
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack of
+        # blocks lets signals through forwards, and gradients backwards, and training is stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -193,12 +197,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        # One head, as a dimension of its own: PyTorch's fused kernels need four.
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
         qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
         q, k, v = qkv.chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
         out = self.out(out)
-        return x + out.transpose(1, 2).view(x.shape)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -217,7 +221,7 @@ class UNet(nn.Module):
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # here once, and not in every ResBlock before its own Linear
+            nn.SiLU(),  # once here, rather than in every ResBlock before self.time
         )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
@@ -241,7 +245,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(widths[0], channels, 3, padding=1),
         )
-        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is the same for every image
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
     def forward(self, xt, t):
         time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
@@ -268,9 +272,9 @@ class UNet(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_mnist(data, root):
-    """Training images (N, 1, 28, 28) uint8, and the name of the data set that was really used.
+    """Training images (N, 1, 28, 28) uint8, and the name of the data set actually used.
 
-    data: "mnist", or "mnist5k", 5,000 of its images that need no download. root: MNIST's folder.
+    data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """
     if data == "mnist":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
@@ -290,7 +294,7 @@ def load_mnist(data, root):
 
 # 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context manager for bf16 where the hardware computes in it (emulated, it is slow)."""
+    """Run the code inside in bf16, on hardware that supports it. Elsewhere this does nothing."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -313,11 +317,11 @@ def lr_factor(step, steps):
 def update_ema(ema, model, step):
     """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
 
-    The weights jitter from training step to training step. The averaged weights do not, and the
-    network that has them generates clearer images. 1 - decay = 9 / (10 + step), so the average
-    spans about the last tenth of the training so far. (A fixed decay of 0.9999 would be too slow
-    for short runs: after 6,900 steps, half of the average would still be the random initial
-    weights. As an upper limit it matters in runs of more than 90,000 training steps.)
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps. Here these are (10 + step) / 9, the last ninth of the training so far, and
+    never more than 10,000. With 10,000 from the start, as in the paper, the random initial weights
+    would still make up half of the average after 6,900 training steps.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
@@ -339,9 +343,9 @@ def train(diffusion, model, images, steps, batch_size, lr):
         with tqdm(range(steps), "training") as bar:
             for step in bar:
                 optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
-                # A random batch. There are no epochs: the formula says x_0 ~ q(x_0).
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
                 index = torch.randint(len(images), (batch_size,), device=images.device)
-                x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
                 with autocast(images.device):
                     loss = diffusion.loss(model, x0)
                 optimizer.zero_grad()
@@ -363,7 +367,7 @@ def train(diffusion, model, images, steps, batch_size, lr):
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-# All settings. On a CPU, those with the best samples of some thirty runs of five minutes.
+# All settings. The CPU's gave the best samples in about thirty trial runs of five minutes.
 CPU = dict(
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
     steps=2250,
@@ -388,7 +392,8 @@ SMOKE = dict(  # a quick self-test: the samples are noise
     T=10,
     data="mnist5k",
 )
-TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
+# Saved in model.pt, so that load_model can refuse a network that was trained for another task.
+TASK = "28x28 images with the linear schedule"
 TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # refused with --load
 
 
@@ -416,12 +421,12 @@ def add_common_flags(parser):
     """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # Not far beyond T = 8,000, alpha_bar_T is 0 in float32, and predict_x0 divides by its root.
+    # For T above 8,600, alpha_bar_T is too small for float32, and predict_x0 divides by its root.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
     flag("--batch-size", type=positive, help="images per training step")
     flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
-    flag("--data-root", help="folder of the data set, downloaded if it is not there")
+    flag("--data-root", help="folder of the data set, or where to download it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
     flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
@@ -433,7 +438,8 @@ def add_common_flags(parser):
 
 def merge_settings(parser, argv):
     """Flags override the settings of --smoke, which override the defaults of the device."""
-    # With argument_default=SUPPRESS, a flag without a default of its own is there only if given.
+    # parse_args sets argument_default=SUPPRESS, so a flag without an explicit default (--smoke, too)
+    # is in `given` only if the user gave it.
     given = vars(parser.parse_args(argv))
     settings = GPU if given["device"].type == "cuda" else CPU
     folder = Path("runs", Path(__file__).stem)
@@ -466,7 +472,7 @@ def parse_args(argv):
 def new_files(out):
     """A temporary folder to write to. At the end, its files move to the folder `out`.
 
-    So if the program is killed or the disk is full, no file in `out` is half written or lost.
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -525,7 +531,7 @@ def save_grid(samples, path):
 def plot_loss(losses, path):
     """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
     window = 1 + len(losses) // 50
-    means = losses.unfold(0, window, 1).mean(1)  # means[i]: of losses[i] to losses[i + window - 1]
+    means = losses.unfold(0, window, 1).mean(1)  # of the losses i to i + window - 1
     axes = Figure().subplots()
     axes.semilogy(range(window, len(losses) + 1), means)
     axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
@@ -534,7 +540,7 @@ def plot_loss(losses, path):
 
 @torch.no_grad()
 def denoising_frames(diffusion, model, variance):
-    """Frames (3, H, W), about 30. Top: x_t. Bottom: x0_hat, the estimate of x_0 from this x_t.
+    """Frames (3, H, W), 31 if T = 1000. Top: x_t. Bottom: x0_hat, the estimate of x_0 from this x_t.
 
     This is the loop of `sample` once more, which also looks at x0_hat now and then.
     """
@@ -570,7 +576,7 @@ def main(argv=None):
         print(f"{len(images):,} images ({data})")
         images = images.to(args.device)
         began = time.perf_counter()
-        # From here on, `model` is the average.
+        # From here on, `model` is the averaged model (EMA).
         model, losses = train(diffusion, model, images, args.steps, args.batch_size, args.lr)
         report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
         report += f"loss {losses[-50:].mean():.4f}; "
@@ -594,7 +600,7 @@ def main(argv=None):
         # Channels last, as fid_is.py and other programs that score samples expect it.
         np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
         save_grid(samples, folder / "samples.png")
-        save_image(frames[::6], folder / "denoising.png", nrow=1)
+        save_image(frames[::6], folder / "denoising.png", nrow=1)  # the first to the last of 31
         film[0].save(
             folder / "denoising.gif", save_all=True, append_images=film[1:], duration=100, loop=0
         )
