@@ -174,8 +174,8 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack of
-        # blocks lets signals through forwards, and gradients backwards, and training is stable.
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # lets signals through forwards, and gradients backwards, which makes training stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -438,8 +438,8 @@ def add_common_flags(parser):
 
 def merge_settings(parser, argv):
     """Flags override the settings of --smoke, which override the defaults of the device."""
-    # parse_args sets argument_default=SUPPRESS, so a flag without an explicit default (--smoke, too)
-    # is in `given` only if the user gave it.
+    # parse_args sets argument_default=SUPPRESS, so a flag without an explicit default, like
+    # --smoke, is in `given` only if the user gave it.
     given = vars(parser.parse_args(argv))
     settings = GPU if given["device"].type == "cuda" else CPU
     folder = Path("runs", Path(__file__).stem)
@@ -540,7 +540,7 @@ def plot_loss(losses, path):
 
 @torch.no_grad()
 def denoising_frames(diffusion, model, variance):
-    """Frames (3, H, W), 31 if T = 1000. Top: x_t. Bottom: x0_hat, the estimate of x_0 from this x_t.
+    """Frames (3, H, W), 31 if T = 1000. Top: x_t. Bottom: x0_hat, the estimate of x_0 from it.
 
     This is the loop of `sample` once more, which also looks at x0_hat now and then.
     """
