@@ -393,7 +393,7 @@ SMOKE = dict(  # a quick self-test: the samples are noise
 )
 # Saved in model.pt, so that load_model can refuse a network that was trained for another task.
 TASK = "28x28 images with the linear schedule"
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # refused with --load
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data"]  # refused with --load
 
 
 def within(low, high, kind=int):
@@ -428,7 +428,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--load", type=Path, default=None, help="a trained network, such as model.pt: skip training")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -450,7 +450,7 @@ def merge_settings(parser, argv):
         for name in TRAINING_FLAGS:
             if name in given:
                 parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
-    return argparse.Namespace(**{"out": folder} | settings | given)
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
 
 
 def parse_args(argv):
@@ -459,7 +459,7 @@ def parse_args(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}"
     )
     add_common_flags(parser)
     parser.add_argument("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
