@@ -1,410 +1,763 @@
-"""DDPM on colour images: ddpm_mnist.py, and what CIFAR-10 needs besides.
+"""DDPM on colour images: CIFAR-10, or a folder of your own. Read ddpm_mnist.py first.
 
-Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). Sections 1 to 3 are those of ddpm_mnist.py,
-word for word. New are flips (mirrored images), torch.compile, previews, attention at a second resolution (with a GPU),
-and --resume: a long run can be stopped at any moment, and on a CPU the resumed run gives the same bits as an unbroken
-one. With more --steps it makes a finished run longer; the learning rate then rises once more.
+Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). Sections 1 to 3 are
+those of ddpm_mnist.py, word for word. New are random flips, attention at a second resolution (with
+a GPU), torch.compile, any folder of images as data, and --resume: a run that was stopped continues
+from its last checkpoint. On a CPU, it then gives the same bits as a run without a break. With a
+larger --steps, --resume extends a finished run; the learning rate then rises again.
 
-    python pytorch_lowlevel/ddpm_cifar.py                                   # train, then draw
-    python pytorch_lowlevel/ddpm_cifar.py --resume                          # go on with a run that was stopped
-    python pytorch_lowlevel/ddpm_cifar.py --load runs/ddpm_cifar/model.pt   # draw only
+    python pytorch_lowlevel/ddpm_cifar.py                         # train, then generate
+    python pytorch_lowlevel/ddpm_cifar.py --resume                # continue a run that was stopped
+    python pytorch_lowlevel/ddpm_cifar.py --data FOLDER --no-flip  # your own images, not mirrored
+    python pytorch_lowlevel/ddpm_cifar.py --load assets/ddpm_cifar.pt  # generate without training
 
-Writes to runs/ddpm_cifar/: samples.png, samples.npz, loss.png and model.pt, and during the training checkpoint.pt and
-preview.png. The data are CIFAR-10, downloaded to data/; where that fails, crops of scikit-learn's two photographs.
+Writes to runs/ddpm_cifar/: samples.png, samples.npz, loss.png and model.pt; during the training
+checkpoint.pt and preview.png. Without CIFAR-10, the data are crops of two photographs.
 
-On two CPU cores this takes about ten minutes, with a small network: it learns colours and textures, hardly an object.
-With a GPU it trains the lesson's network (64, 128, 256 and 512 channels) for 100,000 steps.
-Left out: the network and the recipe of the paper, dropout and the variational bound; paper/ddpm_paper.py has them.
+On two CPU cores the default run takes about ten minutes. Its network is small: it learns colours
+and textures, but hardly any objects. With a GPU, the lesson's network is trained for 100,000 steps.
 """
 import argparse
 import copy
 import math
 import os
-import signal
 import socket
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision.datasets import CIFAR10
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
+    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
+    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    def q_posterior(self, x0, xt, t):
-        """Mean (B, C, H, W) and variance (B or 1, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
-        alpha_bar, alpha_bar_before = at(self.alpha_bar, t), at(self.alpha_bar, t - 1)
-        x0_weight = alpha_bar_before.sqrt() * at(self.beta, t) / (1 - alpha_bar)
-        xt_weight = at(self.alpha, t).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        return x0_weight * x0 + xt_weight * xt, at(self.beta_tilde, t)
-
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
+
+    def q_posterior(self, x0, xt, t):
+        """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
+        xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
+        mean = x0_weight * x0 + xt_weight * xt
+        return mean, at(self.beta_tilde, t)
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. sigma_t^2 is beta_t or beta_tilde_t (Section 3.2)."""
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+        """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch.
+
+        The mean of x_{t-1} is that of q_posterior, with x0_hat for the unknown x_0. If nothing is
+        clipped, it is (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t), Eq. 11.
+        """
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # before the mean is taken: no image has pixels outside [-1, 1], so there x0_hat must be wrong
+        if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
+        # Even without errors, x0_hat at large t is only a blurred average of many digits. That does
+        # no harm: x0_weight in q_posterior is small then, so this step moves only a little towards
+        # the blur, and the next step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
-        if t == 1:  # the last step adds no noise
+        if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
-        sigma = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance].sqrt()
-        return mean + sigma * torch.randn_like(xt)
+        if variance == "beta":  # two choices with similar results (Section 3.2)
+            sigma2 = at(self.beta, t)
+        else:
+            sigma2 = beta_tilde
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta"):
-        """x_0 of that shape (B, C, H, W), from noise x_T down to t = 1 (DDPM, Algorithm 2)."""
+        """Generate images of the given shape (B, C, H, W): noise x_T, then steps t = T, ..., 1."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             xt = self.p_sample(model, xt, t, clip, variance)
         return xt
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # passes signals forward and gradients backward unhindered, and training is stable.
+        nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + out.transpose(1, 2).view(x.shape)
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class AttentionBlock(ResBlock):
-    """A ResBlock with attention after it."""
+    """A ResBlock, followed by attention."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__(c_in, c_out, d_time)
         self.attention = Attention(c_out)
 
-    def forward(self, x, e):
-        return self.attention(super().forward(x, e))
+    def forward(self, x, time_emb):
+        h = super().forward(x, time_emb)
+        return self.attention(h)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
+    """The network: eps_hat = unet(xt, t), with xt and eps_hat (B, C, H, W) and t (B,).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
-    attention: indices into widths of the resolutions with attention; the coarsest always has it.
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
+    attention: which of these resolutions have attention, as indices into widths: [1] is the second
+    finest. The coarsest resolution always has it.
     """
 
     def __init__(self, channels, widths, blocks, attention=()):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]  # the length of the time embedding
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # here once, and not in every ResBlock before its own Linear
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: blocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then blocks
         for i, (c, c_below) in enumerate(pairwise(widths)):
             block = AttentionBlock if i in attention else ResBlock
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([block(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [block(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [block(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
+            level = [upsample] + [block(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.insert(0, nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is the same for every image
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
-            for block in blocks:
-                h = block(h, e)
+        for level in self.down:
+            *res_blocks, downsample = level
+            for block in res_blocks:
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """The training images (N, 3, 32, 32) uint8, and what they are: cifar10, or photos in its place."""
+# 5. Data --------------------------------------------------------------------------------------
+def load_cifar10(data, root, train=True):
+    """Images (N, 3, 32, 32) uint8, and the name of the data set that was really used.
+
+    data: "cifar10", or "photos", crops of two photographs that need no download.
+    root: CIFAR-10's folder. train: the training images, or else the test images.
+    """
     if data == "cifar10":
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
-            return torch.from_numpy(CIFAR10(root, download=True).data).permute(0, 3, 1, 2), "cifar10"
+            images = torch.from_numpy(CIFAR10(root, train, download=True).data)  # (N, 32, 32, 3)
+            return images.permute(0, 3, 1, 2), "cifar10"
+        except Exception as error:  # no network, a full disk, a damaged file: go on with photos
+            folder = Path(root, CIFAR10.base_folder)
+            print(
+                f"CIFAR-10 cannot be loaded: {error}\n"
+                f"(If {folder} is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to crops of the two photographs that come with scikit-learn."
+            )
+    photos = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
+    small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
+    if train:  # training and test crops have no pixel in common
+        small = small[..., :256]
+    else:
+        small = small[..., 256:]
+    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 57, 32, 32): one every 4 pixels
+    images = crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    return images.round().byte(), "photos"
+
+
+def square_image(path):
+    """An image file as (3, 32, 32) uint8: its centre, cropped to a square and made smaller."""
+    image = ImageOps.exif_transpose(Image.open(path))  # cameras note how they were held
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would turn all above 255 white
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")  # transparent parts become white
+    return pil_to_tensor(ImageOps.fit(image, (32, 32)))
+
+
+def load_folder(folder):
+    """All images in a folder and in its subfolders, in alphabetical order: (N, 3, 32, 32) uint8."""
+    if not Path(folder).is_dir():
+        sys.exit(f"--data {folder}: there is no such folder (nor a data set of that name)")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_FILES)
+    if not paths:
+        sys.exit(f"--data {folder}: no image in this folder ({' '.join(IMAGE_FILES)})")
+    images = []
+    for path in tqdm(paths, "reading images"):
+        try:
+            images.append(square_image(path))
         except Exception as error:
-            if (folder := Path(root, CIFAR10.base_folder)).exists():
-                fail(f"{folder} cannot be read: delete it, and the next run downloads it again ({error})")
-            print(f"\n!!! NO CIFAR-10: {error}\n!!! In its place: crops of scikit-learn's two photographs.\n")
-    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)  # (2, 3, 427, 640)
-    small = F.avg_pool2d(photos.float(), 2)  # (2, 3, 213, 320)
-    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 73, 32, 32)
-    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte(), "photos"
+            sys.exit(f"--data {folder}: {path} cannot be read: {error}")
+    return torch.stack(images)
 
 
 def flip(x0):
     """Each image (B, C, H, W) is mirrored with probability 1/2: a mirrored horse is a horse."""
-    return torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)
+    mirrored = torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5
+    return torch.where(mirrored, x0.flip(3), x0)
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def train(diffusion, model, images, args, resumed=None):
-    """Algorithm 1 -> the EMA of the model, and the loss of each step. resumed: the contents of a checkpoint.pt.
+def seed_everything(*numbers):
+    """Seeds torch from several numbers, such as the run's seed and the training step.
 
-    Writes checkpoint.pt and preview.png to args.out on the way. Ctrl-C ends it after the step that is running.
+    Their sum would not do: training step 5 of seed 0 would repeat training step 4 of seed 1.
+    """
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
+
+
+def train_resumable(diffusion, model, images, args):
+    """Algorithm 1, with checkpoints. Returns the EMA of the model, and the losses (steps,).
+
+    The random numbers of a training step depend on args.seed and on the number of that step, not on
+    what came before. So a run that continues from a checkpoint repeats the unbroken run exactly.
+    images: (N, 3, 32, 32) uint8, on the model's device. Ctrl-C stops early.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    losses, done = torch.zeros(args.steps, device=images.device), 0  # .item() would make each step wait
-    if resumed:
-        done = len(resumed["losses"])
-        losses[:done] = resumed["losses"]
-        for name, part in parts.items():
-            part.load_state_dict(resumed[name])
-    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps, last_epoch=done - 1
+    # Adam's usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
+    if args.checkpoint:
+        model.load_state_dict(args.checkpoint["model"])
+        ema.load_state_dict(args.checkpoint["ema"])
+        optimizer.load_state_dict(args.checkpoint["optimizer"])
+        losses = list(args.checkpoint["losses"])
+    done = len(losses)
+    try:
+        with tqdm(range(done, args.steps), "training", args.steps, initial=done) as bar:
+            for step in bar:
+                seed_everything(args.seed, step)
+                optimizer.param_groups[0]["lr"] = args.lr * lr_factor(step, args.steps)
+                # A random batch. There are no epochs: the formula says x_0 ~ q(x_0).
+                index = torch.randint(len(images), (args.batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
+                if args.flip:
+                    x0 = flip(x0)
+                with autocast(images.device):
+                    loss = diffusion.loss(model, x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, model, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                done = step + 1
+                save_now = done % args.save_every == 0 or done == args.steps
+                if save_now or done % 50 == 0:
+                    losses[-50:] = [loss.cpu() for loss in losses[-50:]]
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {done} steps. Try a lower --lr.")
+                if save_now:
+                    save_checkpoint(model, ema, optimizer, losses, args)
+                if done % args.preview_every == 0 and done < args.steps:
+                    with autocast(images.device):
+                        x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
+                    with new_files(args.out) as folder:
+                        save_grid(to_bytes(x0), folder / "preview.png")
+    except KeyboardInterrupt:
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(
+            f"Stopped after {len(losses)} training steps: sampling with what was learned so far.\n"
+            f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
+        )
+    return ema, torch.stack([loss.cpu() for loss in losses])
+
+
+# 7. Run ---------------------------------------------------------------------------------------
+CPU = dict(
+    unet=dict(channels=3, widths=[32, 64, 128], blocks=1, attention=[]),
+    steps=3200,  # ten minutes on two cores
+    batch_size=32,  # as in ddpm_mnist.py: many updates matter more than precise ones
+    lr=1.5e-3,
+    T=1000,
+    samples=64,
+    variance="beta",
+    data="cifar10",
+    data_root="data",
+    flip=True,
+    compile=False,  # compiling takes minutes, of a run of ten
+    save_every=500,  # training steps between two checkpoints: some 90 seconds
+    preview_every=1600,  # a preview takes half a minute
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]),  # the lesson's
+    steps=100_000,
+    batch_size=128,  # the paper's batch size and learning rate
+    lr=2e-4,
+    compile=True,
+    save_every=2000,
+    preview_every=10_000,
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=3, widths=[16, 16, 16], blocks=1, attention=[1]),
+    steps=6,
+    batch_size=4,
+    T=10,
+    samples=4,
+    data="photos",
+    compile=False,
+    save_every=2,
+    preview_every=5,
+)
+TASK = "32x32 colour images with the linear schedule"  # what a network in model.pt was trained for
+TRAINING_FLAGS = [  # refused with --load
+    "steps", "batch_size", "lr", "T", "data", "data_root", "flip", "compile"
+]  # fmt: skip
+# What a run that is resumed keeps in any case, and what it keeps if no flag changes it:
+FIXED = ["T", "batch_size", "lr", "data", "flip", "seed"]
+KEPT = ["steps", "samples", "variance", "data_root", "save_every", "preview_every"]
+IMAGE_FILES = [".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"]
+
+
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder that has the data set, or will have it")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a trained network, such as model.pt: skip training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
     )
-
-    def save():
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"network": args.network, "settings": {name: getattr(args, name) for name in SETTINGS}}
-        torch.save(state | {"losses": losses[:done].cpu()}, args.out / "checkpoint.part")
-        os.replace(args.out / "checkpoint.part", args.out / "checkpoint.pt")  # a kill never leaves half a file
-
-    # The first Ctrl-C lets the running step come to its end, so that --resume can go on; a second one ends at once.
-    stopped, usual = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, usual)))
-    for step in (bar := tqdm(range(done, args.steps), "training", args.steps, initial=done)):
-        torch.manual_seed(args.seed + 10**7 * step)  # what a step draws depends on nothing before it
-        index = torch.randint(len(images), (args.batch_size,), device=images.device)
-        x0 = flip(images[index].float() / 127.5 - 1)  # (B, 3, 32, 32) in [-1, 1]
-        with autocast(images.device):
-            loss = diffusion.loss(model, x0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        update_ema(ema, model, step)
-        losses[step], done = loss.detach(), step + 1
-        if done % 50 == 0 or done == args.steps:
-            mean = losses[max(0, done - 50) : done].mean().item()
-            bar.set_postfix(loss=f"{mean:.4f}")
-            if not math.isfinite(mean):
-                bar.close()
-                fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
-        if done % args.save_every == 0:
-            save()
-        if stopped:
-            print(f"\nStopped after {done} steps; --resume goes on from there.")
-            break
-        if done % args.preview_every == 0:
-            with autocast(images.device):
-                x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
-            save_image(x0, args.out / "preview.png", nrow=4, normalize=True, value_range=(-1, 1))
-    save()
-    signal.signal(signal.SIGINT, usual)
-    return ema, losses[:done].cpu()
+    add_common_flags(parser)
+    flag = parser.add_argument
+    flag("--data", type=os.path.normpath, help="cifar10, photos (no download) or your own folder")
+    flag("--variance", choices=["beta", "beta_tilde"], help="sigma_t^2 in sampling")
+    flag("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for training")
+    flag("--resume", action="store_true", default=False, help="continue the run in --out")
+    args = merge_settings(parser, argv)
+    args.checkpoint = None
+    if args.resume and args.load:
+        parser.error("--resume goes on training and --load does not train: choose one of them")
+    if args.resume:
+        args.checkpoint = load_checkpoint(args.out / "checkpoint.pt")
+        take_over_settings(parser, argv, args)
+    return args
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-GPU = dict(network=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]), compile=True)
-GPU |= dict(steps=100_000, batch_size=128, lr=2e-4, save_every=2000, preview_every=10_000)
-CPU = dict(network=dict(channels=3, widths=[32, 64, 128], blocks=1), compile=False)
-CPU |= dict(steps=3200, batch_size=32, lr=1.5e-3, save_every=250, preview_every=1600)
-SMOKE = dict(network=dict(channels=3, widths=[16, 16, 16], blocks=1, attention=[1]), compile=False, data="photos")
-SMOKE |= dict(T=10, samples=4, steps=6, batch_size=4, save_every=2, preview_every=5)
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "variance"]  # what the files remember
+def take_over_settings(parser, argv, args):
+    """For --resume: the settings that the run began with. Flags may change those in KEPT."""
+    began_with = args.checkpoint["settings"]
+    vars(args).update(began_with, unet=args.checkpoint["network"])
+    parser.parse_args(argv, args)  # once more: flags on the command line override these settings
+    for name in FIXED:
+        value = getattr(args, name)
+        if value != began_with[name]:
+            parser.error(
+                f"--{name.replace('_', '-')} {value} does not fit --resume: "
+                f"the run in {args.out} began with {began_with[name]}"
+            )
+    done = len(args.checkpoint["losses"])
+    if args.steps < done:
+        parser.error(f"--steps {args.steps}: the run in {args.out} already has {done} steps")
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_model(ema, args, data, path):
+    """What --load needs, and facts about the training."""
+    settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+
+
+def save_checkpoint(model, ema, optimizer, losses, args):
+    """All that --resume needs, in args.out / checkpoint.pt. It is also a model.pt, for --load.
+
+    network, ema, settings: as in model.pt, with more settings
+    model: the weights themselves, not their average
+    optimizer: AdamW's averages of the gradients and of their squares
+    losses: of all training steps so far, so that their number is that of the steps
+    """
+    settings = {name: getattr(args, name) for name in FIXED + KEPT}
+    checkpoint = dict(
+        network=args.unet,
+        ema=ema.state_dict(),
+        settings=dict(task=TASK, image_count=args.image_count) | settings,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        losses=torch.stack(losses),
+    )
+    with new_files(args.out) as folder, open(folder / "checkpoint.pt", "wb") as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path):
+    """The contents of a checkpoint.pt that this script has written."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        fits = checkpoint["settings"]["task"] == TASK and "optimizer" in checkpoint
+    except Exception as error:  # torch.load raises errors of many kinds
+        sys.exit(f"--resume {path}: missing or damaged ({type(error).__name__})")
+    if not fits:
+        sys.exit(f"--resume {path}: not a checkpoint.pt of this script")
+    return checkpoint
+
+
+def load_model(path):
+    """The network in a model.pt, with its averaged weights, and the T that it was trained with.
+
+    A model.pt from another script works too if its network and its task are the same.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        unet = saved["network"]  # the arguments of UNet
+        settings = saved["settings"]
+        T = settings["T"]
+    except OSError as error:
+        sys.exit(f"--load {path}: {error.strerror}")
+    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+        sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
+    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
+    if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
+        sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
+    if settings.get("task", TASK) != TASK:  # early files name no task
+        sys.exit(f"--load {path}: trained for {settings['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), T
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def save_grid(samples, path):
+    """uint8 images (N, C, H, W) as one image, each enlarged to twice its size."""
+    save_image(F.interpolate(samples / 255, scale_factor=2), path, nrow=math.isqrt(len(samples)))
+
+
+def plot_loss(losses, path):
+    """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
+    window = 1 + len(losses) // 50
+    means = losses.unfold(0, window, 1).mean(1)  # means[i] is the mean of losses[i : i + window]
+    axes = Figure().subplots()
+    axes.semilogy(range(window, len(losses) + 1), means)
+    axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
+    axes.figure.savefig(path)
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps (100,000 with CUDA, else 3200)")
-    flag("--batch-size", type=int, help="images in a training step (128 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (2e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["cifar10", "photos"], default="cifar10", help="or crops of two photographs (cifar10)")
-    flag("--data-root", default="data", help="folder of CIFAR-10 (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--samples", type=int, default=64, help="images to draw (64)")
-    flag("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 (beta)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/ddpm_cifar; with --load or --smoke a folder in it)")
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--load", help="a model.pt or checkpoint.pt: draw from it, without training")
-    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out; --steps may be raised")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (with CUDA)")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
-    parser.set_defaults(out=Path("runs/ddpm_cifar", "loaded" if args.load else "smoke" if args.smoke else ""))
-    saved, how = None, "--load" if args.load else "--resume"
-    if source := args.load or (args.resume and parser.parse_args(argv).out / "checkpoint.pt"):
-        try:
-            saved = torch.load(source, map_location="cpu", weights_only=True)
-            defaults |= saved["settings"] | {"network": saved["network"] | {"channels": 3}}
-            UNet(**defaults["network"]).load_state_dict(saved["ema"])
-            assert args.load or "optimizer" in saved
-        except Exception as error:
-            fail(f"{how} {source}: no file that this script can use ({error!r:.100})")
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "lr", "T", "data", "seed") if args.resume else ("T",) if args.load else ():
-        if getattr(args, name) != saved["settings"][name]:
-            fail(f"{how}: --{name.replace('_', '-')} was {saved['settings'][name]}, not {getattr(args, name)}")
-    fewest = len(saved["losses"]) if args.resume else 1  # the steps that are done cannot be undone
-    for name, least in dict(steps=fewest, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
-        if not least <= getattr(args, name) <= 10**7:
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-
-    # Training, or loading
-    diffusion = Diffusion(linear_beta(args.T), args.device)
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
-    model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
-    report, start = "", time.perf_counter()
     if args.load:
-        model.load_state_dict(saved["ema"])
-        ema = model.eval()
+        model, args.T = load_model(args.load)
     else:
-        images, args.data = load_images(args.data, args.data_root)
-        if args.resume and args.data != saved["settings"]["data"]:
-            fail(f"--resume: the run began with {saved['settings']['data']}, which is not in {args.data_root}")
-        print(f"{len(images):,} images of {args.data}; {sum(p.numel() for p in model.parameters()):,} parameters")
-        if args.compile:
-            torch._dynamo.config.suppress_errors = True  # where there is no compiler, go on without
-            model.compile()
-        ema, losses = train(diffusion, model, images.to(args.device), args, saved)
-        report = f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}; "
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        torch.save({"network": args.network, "ema": ema.state_dict(), "settings": settings}, args.out / "model.pt")
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1))
-        axes.set(title=f"ddpm_cifar.py on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
-        axes.figure.savefig(args.out / "loss.png")
+        model = UNet(**args.unet)
+    model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
+    diffusion = Diffusion(linear_beta(args.T), args.device)
+    report = ""
 
-    torch.manual_seed(args.seed)  # anew, so that --load draws what the run drew
-    start = time.perf_counter()
+    if not args.load:
+        if args.data in ["cifar10", "photos"]:
+            images, args.data = load_cifar10(args.data, args.data_root)
+        else:
+            images = load_folder(args.data)
+        print(f"{len(images):,} images ({args.data})")
+        if args.resume and len(images) != args.image_count:
+            sys.exit(f"--resume: the run in {args.out} began with {args.image_count:,} images")
+        args.image_count = len(images)
+        images = images.to(args.device)
+        if args.compile:
+            torch._dynamo.config.suppress_errors = True  # without a compiler, train uncompiled
+            model.compile()
+        began = time.perf_counter()
+        # From here on, `model` is the average.
+        model, losses = train_resumable(diffusion, model, images, args)
+        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        report += f"loss {losses[-50:].mean():.4f}; "
+        with new_files(args.out) as folder:
+            save_model(model, args, args.data, folder / "model.pt")
+            plot_loss(losses, folder / "loss.png")
+
+    torch.manual_seed(args.seed)  # again, so that --load reproduces the samples of the training run
+    began = time.perf_counter()
+    parts = []
     with autocast(args.device):
-        x0 = diffusion.sample(ema, (args.samples, 3, 32, 32), variance=args.variance)
-    samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 3, 32, 32)
-    report += f"{args.samples} samples in {time.perf_counter() - start:.0f} s"
-    np.savez(args.out / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
-    save_image(F.interpolate(samples / 255, scale_factor=2), args.out / "samples.png", nrow=math.isqrt(args.samples))
+        for start in range(0, args.samples, 500):  # in batches, or memory would grow with --samples
+            n = min(500, args.samples - start)
+            x0 = diffusion.sample(model, (n, 3, 32, 32), variance=args.variance)
+            parts.append(to_bytes(x0))
+    samples = torch.cat(parts)  # (N, 3, 32, 32)
+    report += f"{args.samples} samples in {time.perf_counter() - began:.0f} s"
+    with new_files(args.out) as folder:
+        # Channels last, as fid_is.py and other programs that score samples expect it.
+        np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
+        save_grid(samples, folder / "samples.png")
     print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
