@@ -288,10 +288,10 @@ class UNet(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_cifar10(data, root, train=True):
-    """Images (N, 3, 32, 32) uint8, and the name of the data set that was really used.
+    """Images (N, 3, 32, 32) uint8, and the name of the data set actually used.
 
-    data: "cifar10", or "photos", crops of two photographs that need no download.
-    root: CIFAR-10's folder. train: the training images, or else the test images.
+    data: "cifar10", or "photos": crops of two photographs, without a download. root: CIFAR-10's
+    folder. train: the training images, or else the test images.
     """
     if data == "cifar10":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
@@ -409,16 +409,16 @@ def train_resumable(diffusion, model, images, args):
         model.load_state_dict(args.checkpoint["model"])
         ema.load_state_dict(args.checkpoint["ema"])
         optimizer.load_state_dict(args.checkpoint["optimizer"])
-        losses = list(args.checkpoint["losses"])
+        losses = list(args.checkpoint["losses"].to(images.device))
     done = len(losses)
     try:
         with tqdm(range(done, args.steps), "training", args.steps, initial=done) as bar:
             for step in bar:
                 seed_everything(args.seed, step)
                 optimizer.param_groups[0]["lr"] = args.lr * lr_factor(step, args.steps)
-                # A random batch. There are no epochs: the formula says x_0 ~ q(x_0).
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
                 index = torch.randint(len(images), (args.batch_size,), device=images.device)
-                x0 = images[index].float() / 127.5 - 1  # from 0...255 to [-1, 1]
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
                 if args.flip:
                     x0 = flip(x0)
                 with autocast(images.device):
@@ -432,14 +432,13 @@ def train_resumable(diffusion, model, images, args):
                 done = step + 1
                 save_now = done % args.save_every == 0 or done == args.steps
                 if save_now or done % 50 == 0:
-                    losses[-50:] = [loss.cpu() for loss in losses[-50:]]
                     mean = torch.stack(losses[-50:]).mean().item()
                     bar.set_postfix(loss=f"{mean:.4f}")
                     if not math.isfinite(mean):
                         sys.exit(f"The loss is {mean} after {done} steps. Try a lower --lr.")
                 if save_now:
                     save_checkpoint(model, ema, optimizer, losses, args)
-                if done % args.preview_every == 0 and done < args.steps:
+                if done % args.preview_every == 0:
                     with autocast(images.device):
                         x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
                     with new_files(args.out) as folder:
@@ -448,10 +447,10 @@ def train_resumable(diffusion, model, images, args):
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
         print(
-            f"Stopped after {len(losses)} training steps: sampling with what was learned so far.\n"
+            f"Stopped after {len(losses)} training steps: sampling with what has been learned.\n"
             f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
         )
-    return ema, torch.stack([loss.cpu() for loss in losses])
+    return ema, torch.stack(losses).cpu()
 
 
 # 7. Run ---------------------------------------------------------------------------------------
@@ -468,7 +467,8 @@ CPU = dict(
     flip=True,
     compile=False,  # compiling takes minutes, of a run of ten
     save_every=500,  # training steps between two checkpoints: some 90 seconds
-    preview_every=1600,  # a preview takes half a minute
+    preview_every=2000,  # a preview takes half a minute
+    resume=False,
     seed=0,
 )
 GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
@@ -483,19 +483,16 @@ GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a 
 SMOKE = dict(  # a quick self-test: the samples are noise
     unet=dict(channels=3, widths=[16, 16, 16], blocks=1, attention=[1]),
     steps=6,
-    batch_size=4,
     T=10,
-    samples=4,
     data="photos",
     compile=False,
     save_every=2,
     preview_every=5,
 )
-TASK = "32x32 colour images with the linear schedule"  # what a network in model.pt was trained for
-TRAINING_FLAGS = [  # refused with --load
-    "steps", "batch_size", "lr", "T", "data", "data_root", "flip", "compile"
-]  # fmt: skip
-# What a run that is resumed keeps in any case, and what it keeps if no flag changes it:
+# Saved in model.pt, so that load_model can refuse a network that was trained for another task.
+TASK = "32x32 colour images with the linear schedule"
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "flip", "compile", "resume"]
+# With --resume, the settings in FIXED cannot change. Those in KEPT change if a flag says so.
 FIXED = ["T", "batch_size", "lr", "data", "flip", "seed"]
 KEPT = ["steps", "samples", "variance", "data_root", "save_every", "preview_every"]
 IMAGE_FILES = [".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"]
@@ -533,7 +530,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a trained network, such as model.pt: skip training")
+    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -572,32 +569,25 @@ def parse_args(argv):
     flag("--variance", choices=["beta", "beta_tilde"], help="sigma_t^2 in sampling")
     flag("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for training")
-    flag("--resume", action="store_true", default=False, help="continue the run in --out")
+    flag("--resume", action="store_true", help="continue the run in --out")
     args = merge_settings(parser, argv)
     args.checkpoint = None
-    if args.resume and args.load:
-        parser.error("--resume goes on training and --load does not train: choose one of them")
     if args.resume:
         args.checkpoint = load_checkpoint(args.out / "checkpoint.pt")
-        take_over_settings(parser, argv, args)
+        take_over_settings(parser, args)
     return args
 
 
-def take_over_settings(parser, argv, args):
-    """For --resume: the settings that the run began with. Flags may change those in KEPT."""
+def take_over_settings(parser, args):
+    """For --resume: the settings that the run began with, changed by the flags in KEPT."""
     began_with = args.checkpoint["settings"]
-    vars(args).update(began_with, unet=args.checkpoint["network"])
-    parser.parse_args(argv, args)  # once more: flags on the command line override these settings
     for name in FIXED:
-        value = getattr(args, name)
-        if value != began_with[name]:
-            parser.error(
-                f"--{name.replace('_', '-')} {value} does not fit --resume: "
-                f"the run in {args.out} began with {began_with[name]}"
-            )
-    done = len(args.checkpoint["losses"])
-    if args.steps < done:
-        parser.error(f"--steps {args.steps}: the run in {args.out} already has {done} steps")
+        if args.given.get(name, began_with[name]) != began_with[name]:
+            began = f"the run in {args.out} began with {began_with[name]}"
+            parser.error(f"--{name.replace('_', '-')} cannot change with --resume: {began}")
+    vars(args).update(began_with | args.given, unet=args.checkpoint["network"])
+    if args.steps < len(args.checkpoint["losses"]):
+        parser.error(f"--steps: the run in {args.out} has more training steps already")
 
 
 @contextmanager
@@ -630,7 +620,7 @@ def save_checkpoint(model, ema, optimizer, losses, args):
     network, ema, settings: as in model.pt, with more settings
     model: the weights themselves, not their average
     optimizer: AdamW's averages of the gradients and of their squares
-    losses: of all training steps so far, so that their number is that of the steps
+    losses: one for each training step so far
     """
     settings = {name: getattr(args, name) for name in FIXED + KEPT}
     checkpoint = dict(
@@ -639,7 +629,7 @@ def save_checkpoint(model, ema, optimizer, losses, args):
         settings=dict(task=TASK, image_count=args.image_count) | settings,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
-        losses=torch.stack(losses),
+        losses=torch.stack(losses).cpu(),
     )
     with new_files(args.out) as folder, open(folder / "checkpoint.pt", "wb") as file:
         torch.save(checkpoint, file)
@@ -726,14 +716,14 @@ def main(argv=None):
         if args.resume and len(images) != args.image_count:
             sys.exit(f"--resume: the run in {args.out} began with {args.image_count:,} images")
         args.image_count = len(images)
-        images = images.to(args.device)
         if args.compile:
             torch._dynamo.config.suppress_errors = True  # without a compiler, train uncompiled
             model.compile()
         began = time.perf_counter()
-        # From here on, `model` is the average.
-        model, losses = train_resumable(diffusion, model, images, args)
-        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        # From here on, `model` is the averaged model (EMA).
+        model, losses = train_resumable(diffusion, model, images.to(args.device), args)
+        args.steps = len(losses)  # fewer than asked for, after Ctrl-C
+        report = f"{args.steps} training steps in {time.perf_counter() - began:.0f} s, "
         report += f"loss {losses[-50:].mean():.4f}; "
         with new_files(args.out) as folder:
             save_model(model, args, args.data, folder / "model.pt")
@@ -750,7 +740,7 @@ def main(argv=None):
     samples = torch.cat(parts)  # (N, 3, 32, 32)
     report += f"{args.samples} samples in {time.perf_counter() - began:.0f} s"
     with new_files(args.out) as folder:
-        # Channels last, as fid_is.py and other programs that score samples expect it.
+        # Channels last, as paper/fid_is.py and other programs that score samples expect.
         np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
         save_grid(samples, folder / "samples.png")
     print(f"{report}: {args.out}")
