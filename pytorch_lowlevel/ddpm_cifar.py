@@ -287,7 +287,7 @@ class UNet(nn.Module):
 
 
 # 5. Data --------------------------------------------------------------------------------------
-def load_cifar10(data, root, train=True):
+def load_images(data, root, train=True):
     """Images (N, 3, 32, 32) uint8, and the name of the data set actually used.
 
     data: "cifar10", or "photos": crops of two photographs, without a download. root: CIFAR-10's
@@ -402,7 +402,7 @@ def train_resumable(diffusion, model, images, args):
     images: (N, 3, 32, 32) uint8, on the model's device. Ctrl-C stops early.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # Adam's usual 0.999 is too slow for a run of a few thousand training steps.
+    # As in ddpm_mnist.py: the usual 0.999 is too slow for a run of a few thousand training steps.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     losses = []
     if args.checkpoint:
@@ -619,7 +619,7 @@ def save_checkpoint(model, ema, optimizer, losses, args):
 
     network, ema, settings: as in model.pt, with more settings
     model: the weights themselves, not their average
-    optimizer: AdamW's averages of the gradients and of their squares
+    optimizer: Adam's averages of the gradients and of their squares
     losses: one for each training step so far
     """
     settings = {name: getattr(args, name) for name in FIXED + KEPT}
@@ -709,7 +709,7 @@ def main(argv=None):
 
     if not args.load:
         if args.data in ["cifar10", "photos"]:
-            images, args.data = load_cifar10(args.data, args.data_root)
+            images, args.data = load_images(args.data, args.data_root)
         else:
             images = load_folder(args.data)
         print(f"{len(images):,} images ({args.data})")
