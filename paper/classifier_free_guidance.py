@@ -496,7 +496,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -518,7 +518,7 @@ def merge_settings(parser, argv):
         for name in TRAINING_FLAGS:
             if name in given:
                 parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
-    return argparse.Namespace(**{"out": folder} | settings | given)
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
 
 
 def parse_args(argv):

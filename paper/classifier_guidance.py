@@ -339,9 +339,12 @@ class UNet(nn.Module):
 
 
 class NoisyClassifier(nn.Module):
-    """logits = classifier(xt, t): (B, C, H, W), (B,) -> (B, classes). One half of a UNet."""
+    """logits = classifier(xt, t): (B, C, H, W), (B,) -> (B, classes). The first half of a UNet.
 
-    def __init__(self, channels, widths, classes):
+    size: H and W of the images.
+    """
+
+    def __init__(self, channels, widths, classes, size=28):
         super().__init__()
         d_time = 4 * widths[0]
         self.d = widths[0]
@@ -360,8 +363,14 @@ class NoisyClassifier(nn.Module):
         c = widths[-1]
         self.block = ResBlock(c, c, d_time)
         self.attention = Attention(c)
-        self.norm = nn.GroupNorm(c // 16, c)
-        self.last = nn.Linear(c, classes)
+        pooled = (size // 2 ** (len(widths) - 1) + 1) // 2  # 28 -> 14 -> 7 -> 4
+        self.head = nn.Sequential(
+            nn.GroupNorm(c // 16, c),
+            nn.SiLU(),
+            nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False),
+            nn.Flatten(),
+            nn.Linear(c * pooled**2, classes),
+        )
 
     def forward(self, xt, t):
         time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
@@ -371,8 +380,7 @@ class NoisyClassifier(nn.Module):
             h = downsample(h)
         h = self.block(h, time_emb)  # (B, widths[-1], ...)
         h = self.attention(h)
-        h = F.silu(self.norm(h)).mean((2, 3))  # (B, widths[-1]): the mean over all pixels
-        return self.last(h).to(xt.dtype)
+        return self.head(h).to(xt.dtype)
 
 
 # 5. Data --------------------------------------------------------------------------------------
@@ -561,7 +569,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -583,7 +591,7 @@ def merge_settings(parser, argv):
         for name in TRAINING_FLAGS:
             if name in given:
                 parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
-    return argparse.Namespace(**{"out": folder} | settings | given)
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
 
 
 def parse_args(argv):
@@ -636,10 +644,15 @@ def new_files(out):
 
 def save_both(model, classifier, unet, settings, path):
     """What --load needs: both networks, the UNet's arguments, and facts about its training."""
-    networks = dict(ema=model.state_dict(), noisy_classifier=classifier.state_dict())
+    saved = dict(
+        network=unet,
+        settings=settings,
+        ema=model.state_dict(),
+        classifier=classifier.state_dict(),
+    )
     # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
     with open(path, "wb") as file:
-        torch.save(dict(network=unet, settings=settings) | networks, file)
+        torch.save(saved, file)
 
 
 def load_model(path):
@@ -680,9 +693,8 @@ def plot_losses(losses, path):
     for name, values in losses.items():
         window = 1 + len(values) // 50
         means = values.unfold(0, window, 1).mean(1)  # means[i]: of values[i] to [i + window - 1]
-        label = f"{name}, mean of {window} training steps"
-        axes.semilogy(range(window, len(values) + 1), means, label=label)
-    axes.set(xlabel="training step", ylabel="$L_{simple}$ (UNet), cross-entropy (classifier)")
+        axes.semilogy(range(window, len(values) + 1), means, label=name)
+    axes.set(xlabel="training step", ylabel="$L_{simple}$ or cross-entropy")
     axes.legend()
     axes.figure.savefig(path)
 
@@ -692,7 +704,7 @@ def plot_accuracy(accuracy, T, path):
     width = T / len(accuracy)
     middle = (torch.arange(len(accuracy)) + 0.5) * width + 0.5
     axes = Figure().subplots()
-    axes.plot(middle, accuracy, label="noisy classifier")
+    axes.plot(middle, accuracy)
     axes.axhline(0.1, color="gray", linestyle="--", label="guessing")
     axes.set(xlabel="t", ylabel="accuracy on $x_t$ of held-out images", ylim=(0, 1.02))
     axes.legend()
@@ -721,6 +733,7 @@ def main(argv=None):
     with new_files(args.out):
         pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
+    began = time.perf_counter()
     saved = {}
     if args.load:
         model, args.T = load_model(args.load)
@@ -729,49 +742,44 @@ def main(argv=None):
     else:
         model = UNet(**args.unet)
     classifier = NoisyClassifier(1, args.unet["widths"], 10)
-    both_loaded = "noisy_classifier" in saved
-    if both_loaded:
+    if "classifier" in saved:
         if args.data_is_given:
             sys.exit(f"--data has no effect: {args.load} holds the classifier as well")
-        classifier.load_state_dict(saved["noisy_classifier"])
+        classifier.load_state_dict(saved["classifier"])
     model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
     classifier = classifier.to(args.device, memory_format=torch.channels_last)
     diffusion = Diffusion(linear_beta(args.T), args.device)
 
-    if not both_loaded:
+    if "classifier" not in saved:
         images, labels, data = load_labelled_mnist(args.data, args.data_root)
         print(f"{len(images):,} images ({data})")
-        # Always the same order, whatever the seed. The first sixth is held out.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = images[order].to(args.device)
-        labels = labels[order].to(args.device)
-        n = len(images) // 6
+        images = images.to(args.device)
+        labels = labels.to(args.device)
+        held_out = torch.arange(len(images), device=args.device) % 6 == 0  # every sixth image
         losses = {}
-        began = time.perf_counter()
         if args.load:
             settings = saved["settings"]
         else:
             model, losses["UNet"] = train_network(
                 lambda network, x0, y: diffusion.loss(network, x0),
                 model,
-                images[n:],
-                labels[n:],
+                images[~held_out],
+                labels[~held_out],
                 args.steps,
                 args.batch_size,
                 args.lr,
             )
             settings = dict(task=TASK, T=args.T, steps=len(losses["UNet"]), data=data)
-        classifier, losses["noisy classifier"] = train_network(
+        classifier, losses["classifier"] = train_network(
             partial(classifier_loss, diffusion),
             classifier,
-            images[n:],
-            labels[n:],
+            images[~held_out],
+            labels[~held_out],
             **args.classifier_recipe,
         )
         for name, values in losses.items():
             print(f"{name}: {len(values)} training steps, loss {values[-50:].mean():.4f}")
-        print(f"trained in {time.perf_counter() - began:.0f} s")
-        accuracy = accuracy_by_t(diffusion, classifier, images[:n], labels[:n])
+        accuracy = accuracy_by_t(diffusion, classifier, images[held_out], labels[held_out])
         with new_files(args.out) as folder:
             save_both(model, classifier, args.unet, settings, folder / "model.pt")
             plot_losses(losses, folder / "loss.png")
@@ -779,7 +787,6 @@ def main(argv=None):
 
     y = torch.arange(args.samples, device=args.device) % 10  # labels 0, 1, ..., 9, 0, 1, ...
     blocks = {}
-    began = time.perf_counter()
     for s in args.s:
         print(f"s = {s:g}")
         torch.manual_seed(args.seed)  # every s starts from the same noise
@@ -788,7 +795,7 @@ def main(argv=None):
             for part in y.split(500):  # in batches, or memory would grow with --samples
                 eps_of = partial(classifier_eps, diffusion, model, classifier, y=part, s=s)
                 shape = (len(part), 1, 28, 28)
-                x0 = diffusion.ddim_sample(eps_of, shape, S=min(50, args.T), clip=args.clip)
+                x0 = diffusion.ddim_sample(eps_of, shape, min(50, args.T), clip=args.clip)
                 parts.append(to_bytes(x0))
         samples = torch.cat(parts)  # (N, 1, 28, 28)
         blocks[f"s = {s:g}"] = samples
@@ -800,7 +807,8 @@ def main(argv=None):
         s = min(args.s, key=lambda s: abs(s - 2))
         images = F.interpolate(blocks[f"s = {s:g}"][:100] / 255, scale_factor=2)
         save_image(images, folder / "samples.png", nrow=10)  # a column for each digit
-    print(f"{args.samples} samples for each s in {time.perf_counter() - began:.0f} s: {args.out}")
+    seconds = time.perf_counter() - began
+    print(f"{args.samples} samples for each s, {seconds:.0f} s in all: {args.out}")
 
 
 if __name__ == "__main__":
