@@ -481,7 +481,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -503,7 +503,7 @@ def merge_settings(parser, argv):
         for name in TRAINING_FLAGS:
             if name in given:
                 parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
-    return argparse.Namespace(**{"out": folder} | settings | given)
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
 
 
 def parse_args(argv):
@@ -537,7 +537,7 @@ def new_files(out):
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
 
-def save_network(ema, args, schedule, data, trained, path):
+def save_with_schedule(ema, args, schedule, data, trained, path):
     """A model.pt like ddpm_mnist.py's. `run` is the same in both files of a run."""
     run = dict(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
     facts = dict(
@@ -632,7 +632,7 @@ def plot_forward(diffusions, x0, path):
         times = torch.linspace(0, diffusion.T, 9).round().int().tolist()
         for axes, t in zip(row, times, strict=True):
             xt = diffusion.q_sample(x0, t, eps).cpu()
-            axes.imshow(xt[0, 0], "gray", vmin=-1, vmax=1)
+            axes.imshow(xt[0, 0].numpy(), "gray", vmin=-1, vmax=1)
             axes.set(xticks=[], yticks=[], title=f"t = {t}")
             axes.set_xlabel(rf"$\bar\alpha_t$ = {diffusion.alpha_bar[t].item():.2g}")
         row[0].set_ylabel(schedule)
@@ -663,7 +663,7 @@ def plot_rows(blocks, path, column_labels=()):
         images = to_bytes(torch.cat(list(rows.values())))
         grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
         axes = figure.add_subplot(1, len(blocks), number, title=title)
-        axes.imshow(grid.permute(1, 2, 0))
+        axes.imshow(grid.permute(1, 2, 0).numpy())
         # An image and its white frame are 30 pixels wide and high, and the first frame is 2 wide.
         axes.set_yticks(range(16, 30 * len(rows), 30), rows)
         axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
@@ -717,7 +717,7 @@ def main(argv=None):
             model, curve = train(diffusion, model, images, steps, args.batch_size, args.lr)
             steps = len(curve)  # if Ctrl-C stopped the first network, the second stops as early
             with new_files(args.out) as folder:
-                save_network(model, args, name, data, steps, folder / f"model_{name}.pt")
+                save_with_schedule(model, args, name, data, steps, folder / f"model_{name}.pt")
         with autocast(args.device):
             losses[name] = loss_by_t(diffusion, model, held_out, args.loss_images)
             report += f"{name}: {steps} training steps, "

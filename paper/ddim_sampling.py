@@ -464,8 +464,9 @@ SMOKE = dict(  # a quick self-test: the samples are noise
     T=10,
     data="mnist5k",
 )
-TASK = "28x28 images with the linear schedule"  # what a network in model.pt was trained for
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # no use beside --load
+# Saved in model.pt, so that load_model can refuse a network that was trained for another task.
+TASK = "28x28 images with the linear schedule"
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # refused with --load
 
 
 def within(low, high, kind=int):
@@ -500,7 +501,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a model.pt: generate with it, without training")
+    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -522,7 +523,7 @@ def merge_settings(parser, argv):
         for name in TRAINING_FLAGS:
             if name in given:
                 parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
-    return argparse.Namespace(**{"out": folder} | settings | given)
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
 
 
 def parse_args(argv):
@@ -531,12 +532,12 @@ def parse_args(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}"
     )
     add_common_flags(parser)
     flag = parser.add_argument
     flag("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
-    flag("--S", type=within(1, 10**9), nargs="+", help="numbers of sampling steps, each T at most")
+    flag("--S", type=within(1, 8000), nargs="+", help="numbers of sampling steps, each at most T")
     flag("--clip", action=argparse.BooleanOptionalAction, help="clip x0_hat to [-1, 1]")
     return merge_settings(parser, argv)
 
@@ -624,7 +625,7 @@ def compare(xT, diffusion, model, S_values, samplers, seed, clip):
             # All samplers add the same z. With the seed that made x_T, z would repeat x_T.
             torch.manual_seed(seed + 1)
             parts = [
-                diffusion.ddim_sample(model, part.shape, S, clip=clip, xT=part, **options)
+                diffusion.ddim_sample(model, None, S, clip=clip, xT=part, **options)
                 for part in xT.split(500)  # in batches, or memory would grow with --samples
             ]
             yield S, name, torch.cat(parts)
@@ -657,12 +658,11 @@ def estimates(diffusion, model, xT, clip):
 
 def interpolate(diffusion, model, xT, clip):
     """{label: x_0 (11, 1, 28, 28)} of points on four arcs: from x_T 1 to x_T 5, from 2 to 6, ..."""
-    S = min(50, diffusion.T)
     rows = {}
     for n in range(4):
         arc = torch.stack([slerp(xT[n], xT[n + 4], k / 10) for k in range(11)])
         rows[f"$x_T$ {n + 1} to {n + 5}"] = diffusion.ddim_sample(
-            model, arc.shape, S, clip=clip, xT=arc
+            model, None, min(50, diffusion.T), clip=clip, xT=arc
         )
     return rows
 
@@ -672,7 +672,7 @@ def invert(diffusion, model, images):
     S = min(200, diffusion.T)
     x0 = images / 127.5 - 1
     xT = diffusion.ddim_invert(model, x0, S)
-    back = diffusion.ddim_sample(model, xT.shape, S, clip=False, xT=xT)
+    back = diffusion.ddim_sample(model, None, S, clip=False, xT=xT)
     return {"image": x0, "its $x_T$": xT, "and back": back}
 
 
@@ -686,7 +686,7 @@ def plot_rows(blocks, path, column_labels=()):
         images = to_bytes(torch.cat(list(rows.values())))
         grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
         axes = figure.add_subplot(1, len(blocks), number, title=title)
-        axes.imshow(grid.permute(1, 2, 0))
+        axes.imshow(grid.permute(1, 2, 0).numpy())
         # An image and its white frame are 30 pixels wide and high, and the first frame is 2 wide.
         axes.set_yticks(range(16, 30 * len(rows), 30), rows)
         axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
@@ -697,7 +697,7 @@ def plot_rows(blocks, path, column_labels=()):
 def main(argv=None):
     args = parse_args(argv)
     with new_files(args.out):
-        pass  # if that fails, then now and not after the training
+        pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
     if args.load:
         model, args.T = load_model(args.load)
@@ -710,10 +710,13 @@ def main(argv=None):
 
     if not args.load:
         print(f"{len(images):,} images ({data})")
-        images = images.to(args.device)
         began = time.perf_counter()
-        model, losses = train(diffusion, model, images, args.steps, args.batch_size, args.lr)
-        report = f"{len(losses)} training steps in {time.perf_counter() - began:.0f} s, "
+        # From here on, `model` is the averaged model (EMA).
+        model, losses = train(
+            diffusion, model, images.to(args.device), args.steps, args.batch_size, args.lr
+        )
+        args.steps = len(losses)  # fewer than asked for, after Ctrl-C
+        report = f"{args.steps} training steps in {time.perf_counter() - began:.0f} s, "
         report += f"loss {losses[-50:].mean():.4f}; "
         with new_files(args.out) as folder:
             save_model(model, args, data, folder / "model.pt")
@@ -733,7 +736,7 @@ def main(argv=None):
                 np.savez(folder / f"{name}_{S:04}.npz", samples.permute(0, 2, 3, 1).numpy())
             # A copy, because a view would keep all of x0 in memory.
             steps_rows.setdefault(name, {})[f"S = {S}"] = x0[:8].clone()
-        report += f"samples in {time.perf_counter() - began:.0f} s"
+        report += f"{args.samples} samples of each sampler in {time.perf_counter() - began:.0f} s"
         xT = xT[:8]  # for the other figures
         for S, name, x0 in compare(xT, diffusion, model, [20, 100], ETAS, args.seed, args.clip):
             eta_blocks.setdefault(f"S = {S}", {})[name] = x0
