@@ -1,29 +1,38 @@
-"""DDPM in full: the network, the recipe and the bound of the paper (Ho et al. 2020, arXiv 2006.11239).
+"""DDPM in full: the network, the recipe and the bound of the paper. Read ddpm_cifar.py first.
 
-Read it as a diff of ddpm_cifar.py. New are the UNet of 35,746,307 parameters, with dropout; Adam with a warm-up, for
-800,000 steps; the bound on -log p(x_0) in bits per dimension, of test images; the cosine schedule; several GPUs.
+Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). New here are the
+paper's UNet with 35,746,307 parameters, Adam with a warm-up, the bound on -log p(x_0) in bits per
+dimension, the choice of the cosine schedule, training on several GPUs, and published weights.
+What the paper leaves open is as in its official code: the initial weights (Xavier), 32 groups in
+each GroupNorm, the warm-up of 5,000 training steps, and the clipping of gradients.
 
-    python paper/ddpm_paper.py                         # train, then draw; --resume goes on with a run that was stopped
-    torchrun --nproc_per_node=4 paper/ddpm_paper.py    # train on 4 GPUs, which share each batch
-    python paper/ddpm_paper.py --pretrained --nll      # the published weights (143 MB), and their bound
+    python paper/ddpm_paper.py                        # train, then generate
+    torchrun --nproc_per_node=4 paper/ddpm_paper.py   # train on 4 GPUs, which share each batch
+    python paper/ddpm_paper.py --resume               # continue a run that was stopped
+    python paper/ddpm_paper.py --pretrained --nll     # published weights (143 MB), and their bound
 
-Writes samples.png, samples.npz, loss.png, model.pt (with --nll nll.png; in training checkpoint.pt and preview.png) to
-runs/ddpm_paper/. Two cores need 12 minutes, for a small network that shows the recipe at work; the paper's takes days
-on a GPU. On a CPU, with one rank or two, a resumed run is bit-identical to an unbroken one. Left out: larger images.
+Writes to runs/ddpm_paper/: samples.png, samples.npz, loss.png, model.pt, with --nll also nll.png;
+during the training checkpoint.pt and preview.png. Sections 5 and 7 are mostly those of
+ddpm_cifar.py. On two CPU cores, a small network shows the recipe at work in some 12 minutes. The
+paper's own training took 10.6 hours on a TPU v3-8, which is about as fast as 8 V100 GPUs.
+
+--pretrained loads the averaged weights (EMA) of the paper's own CIFAR-10 run, as converted for the
+official code of DDIM. Samples of these reach an FID of 3.2, samples of the raw weights 12.1.
+(The file google/ddpm-cifar10-32, which is well known, very likely holds the raw weights.)
 """
 import argparse
 import copy
-import importlib
 import math
 import os
 import re
-import signal
 import socket
 import sys
+import tempfile
 import time
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,466 +44,889 @@ from torchvision.datasets import CIFAR10
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change the figures
 
-# 1. Forward process -------------------------------------------------------------------------------------------
+
+# 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, from 1e-4 at t = 1 to 0.02 at t = T; beta[0] = 0."""
-    return torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, T, dtype=torch.float64)])
+    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
+    T = 100, a third of the signal's variance would survive until x_T.
+    """
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    return beta
 
 
 def cosine_beta(T=1000, s=0.008):
-    """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17): (T+1,) float64; beta[0] = 0."""
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
-    return torch.cat([torch.zeros(1, dtype=torch.float64), (1 - f[1:] / f[:-1]).clamp(max=0.999)])
+    """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17): (T+1,) float64.
+
+    f(t) = cos^2(((t / T + s) / (1 + s)) pi / 2),  alpha_bar_t = f(t) / f(0),
+    beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999
+
+    f(T) = 0, so that beta_T would be 1, and the sampler would divide by alpha_T = 0: hence the
+    limit. s keeps beta_1 from being too small to be seen.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    angle = (t / T + s) / (1 + s) * math.pi / 2
+    f = angle.cos() ** 2
+    beta = torch.zeros(T + 1, dtype=torch.float64)
+    beta[1:] = (1 - f[1:] / f[:-1]).clamp(max=0.999)  # f(0) cancels
+    return beta
 
 
 def at(table, t):
-    """table[t] as (B, 1, 1, 1), to multiply images (B, C, H, W). t is (B,), or one int: then (1, 1, 1, 1)."""
+    """table[t], shaped (B, 1, 1, 1) to broadcast over images (B, C, H, W). t: (B,), or an int."""
     return table[t].view(-1, 1, 1, 1)
 
 
 class Diffusion:
-    """One noise schedule, and what DDPM (arXiv 2006.11239) does with it.
+    """A noise schedule, and the DDPM operations built on it (arXiv 2006.11239).
 
-    beta: (T+1,) with beta[0] = 0. Every table has T+1 entries: t in 1..T is the paper's t, and 0 is the clean image.
-    model: any callable eps_hat = model(xt, t) with xt, eps_hat (B, C, H, W) and t (B,).
+    One step (Eq. 2):   x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps_t,  alpha_t = 1 - beta_t
+    t steps (Eq. 4):    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,
+                        alpha_bar_t = alpha_1 alpha_2 ... alpha_t
+    eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
+
+    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
+    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
+    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
-        alpha_bar = alpha.cumprod(0)  # alphas_cumprod elsewhere; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)
+        alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
-        tables = (table.to(dtype).to(device) for table in (beta, alpha, alpha_bar, beta_tilde))
-        self.beta, self.alpha, self.alpha_bar, self.beta_tilde = tables
         self.T = len(beta) - 1
+        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
+        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
+        # the device, because MPS has no float64.
+        self.beta = beta.to(dtype).to(device)
+        self.alpha = alpha.to(dtype).to(device)
+        self.alpha_bar = alpha_bar.to(dtype).to(device)
+        self.one_minus_alpha_bar = (1 - alpha_bar).to(dtype).to(device)
+        self.beta_tilde = beta_tilde.to(dtype).to(device)
 
     def q_sample(self, x0, t, eps):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, Eq. 4): t steps of noise at once."""
-        alpha_bar = at(self.alpha_bar, t)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        """x_t directly from x_0, without simulating the steps in between (DDPM, Eq. 4)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return x0_scale * x0 + eps_scale * eps
 
-    def q_posterior(self, x0, xt, t):
-        """Mean (B, C, H, W) and variance (B or 1, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
-        alpha_bar, alpha_bar_before = at(self.alpha_bar, t), at(self.alpha_bar, t - 1)
-        x0_weight = alpha_bar_before.sqrt() * at(self.beta, t) / (1 - alpha_bar)
-        xt_weight = at(self.alpha, t).sqrt() * (1 - alpha_bar_before) / (1 - alpha_bar)
-        return x0_weight * x0 + xt_weight * xt, at(self.beta_tilde, t)
-
-    # 2. Training objective --------------------------------------------------------------------------------
+    # 2. Training objective --------------------------------------------------------------------
     def loss(self, model, x0):
-        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat at random t. -> scalar"""
+        """L_simple (DDPM, Eq. 14; Algorithm 1): the mean squared error of eps_hat, a scalar."""
+        # Each image gets its own random t, so that every batch trains many noise levels.
         t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
         eps = torch.randn_like(x0)
-        return F.mse_loss(model(self.q_sample(x0, t, eps), t), eps)
+        xt = self.q_sample(x0, t, eps)
+        eps_hat = model(xt, t)
+        return F.mse_loss(eps_hat, eps)
 
-    # 3. Sampling ------------------------------------------------------------------------------------------
+    # 3. Sampling ------------------------------------------------------------------------------
     def predict_x0(self, xt, t, eps_hat):
-        """x0_hat: Eq. 4 solved for x_0, with eps_hat for eps (DDPM, Eq. 15)."""
-        alpha_bar = at(self.alpha_bar, t)
-        return (xt - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        """x0_hat: Eq. 4 solved for x_0, with eps_hat in place of eps (DDPM, Eq. 15)."""
+        x0_scale = at(self.alpha_bar, t).sqrt()
+        eps_scale = at(self.one_minus_alpha_bar, t).sqrt()
+        return (xt - eps_scale * eps_hat) / x0_scale
+
+    def q_posterior(self, x0, xt, t):
+        """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
+        noise_variance = at(self.one_minus_alpha_bar, t)
+        x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
+        xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
+        mean = x0_weight * x0 + xt_weight * xt
+        return mean, at(self.beta_tilde, t)
 
     @torch.no_grad()
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
-        """x_{t-1} from x_t (DDPM, Algorithm 2), t an int. sigma_t^2 is beta_t or beta_tilde_t (Section 3.2)."""
-        eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+        """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch.
+
+        The mean of x_{t-1} is that of q_posterior, with x0_hat for the unknown x_0. If nothing is
+        clipped, it is (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t), Eq. 11.
+        """
+        t_batch = torch.full((len(xt),), t, device=xt.device)
+        eps_hat = model(xt, t_batch)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # before the mean is taken: no image has pixels outside [-1, 1], so there x0_hat must be wrong
+        if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
+        # Even without errors, x0_hat at large t is only a blurred average of many digits. That does
+        # no harm: x0_weight in q_posterior is small then, so this step moves only a little towards
+        # the blur, and the next step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
-        if t == 1:  # the last step adds no noise
+        if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
-        sigma = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance].sqrt()
-        return mean + sigma * torch.randn_like(xt)
+        if variance == "beta":  # two choices with similar results (Section 3.2)
+            sigma2 = at(self.beta, t)
+        else:
+            sigma2 = beta_tilde
+        z = torch.randn_like(xt)
+        return mean + sigma2.sqrt() * z
 
     @torch.no_grad()
     def sample(self, model, shape, clip=True, variance="beta"):
-        """x_0 of that shape (B, C, H, W), from noise x_T down to t = 1 (DDPM, Algorithm 2)."""
+        """Generate images of the given shape (B, C, H, W): noise x_T, then steps t = T, ..., 1."""
         xt = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         for t in tqdm(range(self.T, 0, -1), "sampling"):
             xt = self.p_sample(model, xt, t, clip, variance)
         return xt
 
-    # The bound on the likelihood ----------------------------------------------------------------------------
+    # The bound on the likelihood --------------------------------------------------------------
     @torch.no_grad()
     def bound(self, model, x0, clip=True, variance="beta"):
-        """-log2 p(x_0) <= L_0 + ... + L_T (DDPM, Eq. 5), in bits per dimension. x0: 256 levels in [-1, 1]. -> (T+1,)"""
-        # L_T compares x_T with pure noise, L_{t-1} a step back with the posterior; L_0 is the exact colours' cost.
+        """-log2 p(x_0) <= L_0 + ... + L_T (DDPM, Eq. 5), in bits per dimension: (T+1,).
+
+        L_T compares x_T with pure noise, L_{t-1} compares step t of the sampler with the posterior,
+        and L_0 is what it costs to name the exact colours. x0: images of 256 levels in [-1, 1].
+        """
         L = torch.zeros(self.T + 1, device=x0.device, dtype=x0.dtype)
-        L[self.T] = gaussian_kl(at(self.alpha_bar, self.T).sqrt() * x0, 1 - at(self.alpha_bar, self.T), 0, 1)
+        mean_T = at(self.alpha_bar, self.T).sqrt() * x0
+        L[self.T] = gaussian_kl(mean_T, at(self.one_minus_alpha_bar, self.T), 0, 1)
         for t in tqdm(range(self.T, 0, -1), "bits per dimension"):
-            xt = self.q_sample(x0, t, torch.randn_like(x0))
-            x0_hat = self.predict_x0(xt, t, model(xt, torch.full((len(xt),), t, device=xt.device)))
-            mean, _ = self.q_posterior(x0_hat.clamp(-1, 1) if clip else x0_hat, xt, t)
-            if t > 1:
+            eps = torch.randn_like(x0)
+            xt = self.q_sample(x0, t, eps)
+            eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
+            x0_hat = self.predict_x0(xt, t, eps_hat)
+            if clip:
+                x0_hat = x0_hat.clamp(-1, 1)
+            mean, _ = self.q_posterior(x0_hat, xt, t)
+            if t == 1:
+                # With beta_tilde_1 = 0, all colours but one would be impossible. The official code
+                # uses beta_tilde_2 instead.
+                sigma = at(self.beta_tilde, min(2, self.T)).sqrt()
+                L[0] = decoder_cost(x0, mean, sigma)
+            else:
                 true_mean, beta_tilde = self.q_posterior(x0, xt, t)
-                sigma2 = {"beta": at(self.beta, t), "beta_tilde": beta_tilde}[variance]
+                if variance == "beta":
+                    sigma2 = at(self.beta, t)
+                else:
+                    sigma2 = beta_tilde
                 L[t - 1] = gaussian_kl(true_mean, beta_tilde, mean, sigma2)
-            else:  # beta_tilde_1 is 0: all but one colour would be impossible. The official code takes beta_tilde_2
-                L[0] = decoder_cost(x0, mean, at(self.beta_tilde, min(2, self.T)).sqrt())
         return L
 
 
 def gaussian_kl(mean1, variance1, mean2, variance2):
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in bits, the mean over all pixels. -> scalar"""
+    """KL(N(mean1, variance1) || N(mean2, variance2)) in bits, the mean over all pixels."""
     ratio = variance1 / variance2
-    return ((mean1 - mean2) ** 2 / variance2 + ratio - 1 - ratio.log()).mean() / (2 * math.log(2))
+    nats = ((mean1 - mean2) ** 2 / variance2 + ratio - 1 - ratio.log()) / 2
+    return nats.mean() / math.log(2)
 
 
 def decoder_cost(x0, mean, sigma):
-    """-log2 P(N(mean, sigma^2) in x0's interval of width 2/255; the outermost are endless) (DDPM, Eq. 13). -> scalar"""
-    upper = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
-    lower = torch.special.ndtr((x0 - 1 / 255 - mean) / sigma).where(x0 > -0.999, 0.0)
-    return -(upper - lower).clamp(min=1e-12).log2().mean()
+    """-log2 of the probability that N(mean, sigma^2) gives x0's interval (DDPM, Eq. 13): a scalar.
+
+    Each of the 256 levels owns an interval of width 2/255. The outermost two are endless.
+    """
+    below_upper_end = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
+    below_lower_end = torch.special.ndtr((x0 - 1 / 255 - mean) / sigma).where(x0 > -0.999, 0.0)
+    probability = (below_upper_end - below_lower_end).clamp(min=1e-12)
+    return -probability.log2().mean()
 
 
-# 4. Network -----------------------------------------------------------------------------------------------
+# 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000 radians a step."""
-    frequency = torch.exp(-math.log(10_000) * torch.arange(d // 2, device=t.device) / (d // 2 - 1))
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    k = torch.arange(d // 2, device=t.device)
+    frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def layer(module, gain=1.0):
-    """A convolution or a linear layer, initialised as in the paper: Xavier-uniform weights, biases 0."""
+    """A convolution or a linear layer with the first weights of the official code: Xavier."""
     nn.init.xavier_uniform_(module.weight, gain)
     nn.init.zeros_(module.bias)
     return module
 
 
 def norm(c):
-    """32 groups (DDPM), in small networks fewer: a group of one channel would lose that channel's mean."""
+    """32 groups, as in the official code; fewer in small networks.
+
+    A group of one channel would lose that channel's mean.
+    """
     return nn.GroupNorm(min(32, c // 4), c, eps=1e-6)
 
 
 class AttnBlock(nn.Module):
-    """Self-attention with one head: every pixel looks at every other. x (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention with one head over all pixels: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, c):
         super().__init__()
-        self.norm, self.qkv, self.out = norm(c), layer(nn.Linear(c, 3 * c), math.sqrt(2)), layer(nn.Linear(c, c), 1e-5)
+        self.norm = norm(c)
+        self.qkv = layer(nn.Linear(c, 3 * c), math.sqrt(2))  # as of three layers of c x c
+        self.out = layer(nn.Linear(c, c), 1e-5)
 
     def forward(self, x):
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(pixels).chunk(3, dim=2)  # three layers of c x c in one: so the gain of sqrt(2)
-        out = self.out(F.scaled_dot_product_attention(q, k, v))
+        qkv = self.qkv(pixels).unsqueeze(1)  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, HW, C)
+        out = self.out(out)
         return x + out.transpose(1, 2).view(x.shape)
 
 
 class ResnetBlock(nn.Module):
-    """x (B, c_in, H, W) and the time e (B, d_time) -> (B, c_out, H, W). attention: with an AttnBlock at its end?"""
+    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W), perhaps with attention."""
 
     def __init__(self, c_in, c_out, d_time, dropout, attention):
         super().__init__()
-        self.norm1, self.conv1 = norm(c_in), layer(nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.time, self.norm2 = layer(nn.Linear(d_time, c_out)), norm(c_out)
-        self.conv2 = nn.Sequential(nn.Dropout(dropout), layer(nn.Conv2d(c_out, c_out, 3, padding=1), gain=1e-5))
+        self.norm1 = norm(c_in)
+        self.conv1 = layer(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.time = layer(nn.Linear(d_time, c_out))
+        self.norm2 = norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = layer(nn.Conv2d(c_out, c_out, 3, padding=1), 1e-5)
         self.skip = layer(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
         self.attention = AttnBlock(c_out) if attention else nn.Identity()
 
-    def forward(self, x, e):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(e)[:, :, None, None]
-        return self.attention(self.skip(x) + self.conv2(F.silu(self.norm2(h))))
+    def forward(self, x, time_emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(time_emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.skip(x) + h)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H / 2, W / 2). time_emb is there so that it is called like a block."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = layer(nn.Conv2d(c, c, 3, stride=2))
+
+    def forward(self, x, time_emb):
+        padded = F.pad(x, (0, 1, 0, 1))  # zeros to the right and below only, as TensorFlow pads
+        return self.conv(padded)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2 H, 2 W). time_emb: as in Downsample."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = layer(nn.Conv2d(c, c, 3, padding=1))
+
+    def forward(self, x, time_emb):
+        larger = F.interpolate(x, scale_factor=2)
+        return self.conv(larger)
 
 
 class UNet(nn.Module):
-    """The paper's network (DDPM, Appendix B) of 35,746,307 parameters: eps_hat = UNet()(xt, t), (B, 3, 32, 32)."""
+    """The paper's network (DDPM, Appendix B): eps_hat = unet(xt, t), with xt (B, 3, 32, 32).
 
-    # widths: at 32x32, 16x16, ...; attention: indices into widths. blocks: on the way down; one more on the way up.
-    def __init__(self, widths=(128, 256, 256, 256), blocks=2, attention=(1,), dropout=0.1):
+    With these defaults it has 35,746,307 parameters. widths: channels at 32x32, 16x16, ...
+    blocks: at each resolution on the way down; one more on the way up. attention: indices into
+    widths of the resolutions with attention. The middle always has it.
+    """
+
+    def __init__(
+        self, channels=3, widths=(128, 256, 256, 256), blocks=2, attention=(1,), dropout=0.1
+    ):
         super().__init__()
-        self.d, d_time = widths[0], 4 * widths[0]
-        self.time = nn.Sequential(layer(nn.Linear(self.d, d_time)), nn.SiLU(), layer(nn.Linear(d_time, d_time)))
-        self.first = layer(nn.Conv2d(3, widths[0], 3, padding=1))
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, skips = widths[0], [widths[0]]  # channels of h; of all that is kept for the way up
+        d_time = 4 * widths[0]
+        self.d = widths[0]
+        self.time = nn.Sequential(
+            layer(nn.Linear(self.d, d_time)),
+            nn.SiLU(),
+            layer(nn.Linear(d_time, d_time)),
+            nn.SiLU(),
+        )
+        self.first = layer(nn.Conv2d(channels, widths[0], 3, padding=1))
+        self.down = nn.ModuleList()  # both with the finest resolution first
+        self.up = nn.ModuleList()
+        c = widths[0]
+        skips = [c]  # the channels of what is kept for the way up
         for i, width in enumerate(widths):
-            level = [ResnetBlock(a, width, d_time, dropout, i in attention) for a in [c] + [width] * (blocks - 1)]
-            if i < len(widths) - 1:  # downsample; zeros to the right and below alone, as TensorFlow pads
-                level.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), layer(nn.Conv2d(width, width, 3, stride=2))))
-            skips += [width] * len(level)
-            self.down.append(nn.ModuleList(level))
-            c = width
-        self.middle = nn.ModuleList([ResnetBlock(c, c, d_time, dropout, attends) for attends in (True, False)])
-        for i, width in reversed(list(enumerate(widths))):
-            sizes = [a + skips.pop() for a in [c] + [width] * blocks]  # of a block's input: h and a skip, concatenated
-            level = [ResnetBlock(a, width, d_time, dropout, i in attention) for a in sizes]
-            if i > 0:  # upsample
-                level.append(nn.Sequential(nn.Upsample(scale_factor=2), layer(nn.Conv2d(width, width, 3, padding=1))))
-            self.up.append(nn.ModuleList(level))
-            c = width
-        self.last = nn.Sequential(norm(c), nn.SiLU(), layer(nn.Conv2d(c, 3, 3, padding=1), gain=1e-5))
+            level = nn.ModuleList()
+            for _ in range(blocks):
+                level.append(ResnetBlock(c, width, d_time, dropout, i in attention))
+                c = width
+                skips.append(c)
+            if i < len(widths) - 1:
+                level.append(Downsample(c))
+                skips.append(c)
+            self.down.append(level)
+        block1 = ResnetBlock(c, c, d_time, dropout, attention=True)
+        block2 = ResnetBlock(c, c, d_time, dropout, attention=False)
+        self.middle = nn.ModuleList([block1, block2])
+        for i in reversed(range(len(widths))):
+            level = nn.ModuleList()
+            for _ in range(blocks + 1):
+                c_in = c + skips.pop()  # h, concatenated with what was kept
+                c = widths[i]
+                level.append(ResnetBlock(c_in, c, d_time, dropout, i in attention))
+            if i > 0:
+                level.append(Upsample(c))
+            self.up.insert(0, level)
+        self.last = nn.Sequential(
+            norm(c),
+            nn.SiLU(),
+            layer(nn.Conv2d(c, channels, 3, padding=1), 1e-5),
+        )
 
     def forward(self, xt, t):
-        e = F.silu(self.time(time_embedding(t - 1, self.d)))  # the official code counts t from 0
+        time_emb = self.time(time_embedding(t - 1, self.d))  # the official code counts t from 0
         h = self.first(xt)
         skips = [h]
-        for part in chain(*self.down):
-            h = part(h, e) if isinstance(part, ResnetBlock) else part(h)
-            skips.append(h)
+        for level in self.down:
+            for part in level:
+                h = part(h, time_emb)
+                skips.append(h)
         for block in self.middle:
-            h = block(h, e)
-        for part in chain(*self.up):
-            h = part(torch.cat([h, skips.pop()], dim=1), e) if isinstance(part, ResnetBlock) else part(h)
+            h = block(h, time_emb)
+        for level in reversed(self.up):
+            for part in level:
+                if isinstance(part, ResnetBlock):
+                    h = torch.cat([h, skips.pop()], dim=1)
+                h = part(h, time_emb)
         return self.last(h).to(xt.dtype)
 
 
-OFFICIAL = "https://huggingface.co/google/ddpm-cifar10-32/resolve/main/diffusion_pytorch_model.bin"
-RENAMED = {  # the published names, as regular expressions, and ours; q, k, v and out have an older and a newer one
-    r"^conv_in": "first", r"^conv_norm_out": "last.0", r"^conv_out": "last.2", r"\.group_norm": ".norm",
-    r"^time_embedding\.linear_1": "time.0", r"^time_embedding\.linear_2": "time.2", r"\.time_emb_proj": ".time",
-    r"^mid_block\.resnets": "middle", r"^mid_block\.attentions\.0": "middle.0.attention", r"\.conv2": ".conv2.1",
-    r"^(down|up)_blocks\.(\d)\.resnets": r"\1.\2", r"^(down|up)_blocks\.(\d)\.attentions\.(\d)": r"\1.\2.\3.attention",
-    r"^down_blocks\.(\d)\.downsamplers\.0\.conv": r"down.\1.2.1", r"\.conv_shortcut": ".skip",
-    r"^up_blocks\.(\d)\.upsamplers\.0\.conv": r"up.\1.3.1", r"\.(proj_attn|to_out\.0)\.": ".out.",
-    r"\.(query|to_q)\.": ".q.", r"\.(key|to_k)\.": ".k.", r"\.(value|to_v)\.": ".v.",
-}  # fmt: skip
-
-
-def load_official(source):
-    """The published weights, as the contents of a model.pt. source: "hub", or a .bin or .safetensors file."""
-    if source == "hub":  # downloaded once
-        options = dict(map_location="cpu", file_name="ddpm-cifar10-32.bin", weights_only=True)
-        weights = torch.hub.load_state_dict_from_url(OFFICIAL, **options)
-    elif source.endswith(".safetensors"):
-        weights = importlib.import_module("safetensors.torch").load_file(source)  # nothing else needs that package
-    else:
-        weights = torch.load(source, map_location="cpu", weights_only=True)
-    for pattern, ours in RENAMED.items():
-        weights = {re.sub(pattern, ours, name): weight for name, weight in weights.items()}
-    for name in [name for name in weights if ".q." in name]:  # q, k and v are three layers there, and one here
-        q, k, v = (weights.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv")
-        weights[name.replace(".q.", ".qkv.")] = torch.cat([q, k, v])
-    return {"network": {}, "ema": weights, "settings": {"T": 1000, "schedule": "linear"}}
-
-
-# 5. Data ------------------------------------------------------------------------------------------------------
+# 5. Data --------------------------------------------------------------------------------------
 def load_images(data, root, train=True):
-    """The training or the test images (N, 3, 32, 32) uint8, and what they are: cifar10, or photos in its place."""
+    """Images (N, 3, 32, 32) uint8, and the name of the data set actually used.
+
+    data: "cifar10", or "photos": crops of two photographs, without a download. root: CIFAR-10's
+    folder. train: the training images, or else the test images.
+    """
     if data == "cifar10":
+        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
-            return torch.from_numpy(CIFAR10(root, train, download=True).data).permute(0, 3, 1, 2), "cifar10"
-        except Exception as error:
-            if (folder := Path(root, CIFAR10.base_folder)).exists():
-                fail(f"{folder} cannot be read: delete it, and the next run downloads it again ({error})")
-            print(f"\n!!! NO CIFAR-10: {error}\n!!! In its place: crops of scikit-learn's two photographs.\n")
-    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)  # (2, 3, 427, 640)
-    small = F.avg_pool2d(photos.float(), 2).split([256, 64], dim=3)[0 if train else 1]  # no crop lies in both
-    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 57 or 9, 32, 32)
-    return crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).round().byte(), "photos"
+            images = torch.from_numpy(CIFAR10(root, train, download=True).data)  # (N, 32, 32, 3)
+            return images.permute(0, 3, 1, 2), "cifar10"
+        except Exception as error:  # no network, a full disk, a damaged file: go on with photos
+            folder = Path(root, CIFAR10.base_folder)
+            print(
+                f"CIFAR-10 cannot be loaded: {error}\n"
+                f"(If {folder} is damaged, delete it. The next run will download it again.)\n"
+                "Falling back to crops of the two photographs that come with scikit-learn."
+            )
+    photos = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
+    small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
+    if train:  # training and test crops have no pixel in common
+        small = small[..., :256]
+    else:
+        small = small[..., 256:]
+    crops = small.unfold(2, 32, 4).unfold(3, 32, 4)  # (2, 3, 46, 57, 32, 32): one every 4 pixels
+    images = crops.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    return images.round().byte(), "photos"
 
 
-# 6. Training --------------------------------------------------------------------------------------------------
+def flip(x0):
+    """Each image (B, C, H, W) is mirrored with probability 1/2: a mirrored horse is a horse."""
+    mirrored = torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5
+    return torch.where(mirrored, x0.flip(3), x0)
+
+
+# 6. Training ----------------------------------------------------------------------------------
 def autocast(device):
-    """A context that computes in bf16 where the hardware supports it, and in fp32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Run convolutions and matrix products in bf16, on hardware that supports it."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """ema <- decay ema + (1 - decay) model. A fixed 0.9999 would keep the random start for 10,000s of steps."""
+    """ema <- decay * ema + (1 - decay) * model, the exponential moving average of the weights.
+
+    The weights jitter from training step to training step. The averaged weights do not, and a
+    network that uses them generates clearer images. The average spans about 1 / (1 - decay)
+    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
+    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
+    still be the random initial weights after 6,900 training steps.
+    """
     decay = min(0.9999, (1 + step) / (10 + step))
-    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+    for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-def train(diffusion, model, images, args, resumed=None):
-    """Algorithm 1 -> the EMA of the model, and the loss of each step. resumed: the contents of a checkpoint.pt."""
+def seed_everything(*numbers):
+    """Seeds torch from several numbers, such as the run's seed and the training step.
+
+    Their sum would not do: training step 5 of seed 0 would repeat training step 4 of seed 1.
+    """
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
+
+
+def train_distributed(diffusion, model, images, args):
+    """Algorithm 1 with the paper's recipe, by args.ranks processes. Returns the EMA and the losses.
+
+    Each rank has its share of every batch, with images, t and noise of its own, and all of them
+    make the same update. Checkpoints, and what they need, are as in ddpm_cifar.py.
+    """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)  # lr is reached by a warm-up, and stays
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / args.warm_up, 1))
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    done = len(resumed["losses"]) if resumed else 0
-    losses = torch.zeros(max(args.steps, done), device=images.device)  # a tensor: .item() would make every step wait
-    if resumed:
-        losses[:done] = resumed["losses"]
-        for name, part in parts.items():
-            part.load_state_dict(resumed[name])
-    network = nn.parallel.DistributedDataParallel(model) if RANKS > 1 else model  # averages the ranks' gradients
-    # The first Ctrl-C lets the running step come to its end, so that --resume can go on; a second one ends at once.
-    stopped, usual = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(signal.signal(signal.SIGINT, usual)))
-    for step in (bar := tqdm(range(done, args.steps), "training", args.steps, initial=done, disable=RANK > 0)):
-        torch.manual_seed(args.seed + 10**7 * (RANK + RANKS * step))  # each rank draws images and noise of its own
-        index = torch.randint(len(images), (args.batch_size // RANKS,), device=images.device)
-        x0 = images[index].float() / 127.5 - 1  # (B, 3, 32, 32) in [-1, 1]
-        x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0.flip(3), x0)  # half are mirrored
-        with autocast(images.device):
-            loss = diffusion.loss(network, x0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        update_ema(ema, model, step)
-        loss, stop = loss.detach() / RANKS, torch.tensor(len(stopped), device="cpu")
-        if RANKS > 1:
-            dist.all_reduce(loss)  # the mean over the ranks, on each of them: a NaN ends them all
-            dist.all_reduce(stop)  # a Ctrl-C on any ends all after this step; on the CPU: no step waits for the GPU
-        losses[step], done = loss, step + 1
-        if done % 50 == 0 or done == args.steps:
-            mean = losses[max(0, done - 50) : done].mean().item()
-            bar.set_postfix(loss=f"{mean:.4f}")
-            if not math.isfinite(mean):
-                fail(f"the loss is {mean} after {done} steps: is the learning rate too high? Try a lower --lr")
-        if RANK == 0 and (done % args.save_every == 0 or done == args.steps or stop):
-            state = {name: part.state_dict() for name, part in parts.items()} | {"losses": losses[:done].clone()}
-            state |= {"network": args.network, "settings": {name: getattr(args, name) for name in SETTINGS}}
-            torch.save({name: state[name] for name in ("network", "ema", "settings")}, args.out / "model.pt")
-            torch.save(state, args.out / "checkpoint.part")
-            os.replace(args.out / "checkpoint.part", args.out / "checkpoint.pt")  # a kill never leaves half a file
-        if stop:
-            bar.set_description("stopped; --resume goes on from here")
-            break
-        if RANK == 0 and done % (4 * args.save_every) == 0:
-            with autocast(images.device):
-                x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
-            save_image(x0, args.out / "preview.png", nrow=4, normalize=True, value_range=(-1, 1))
-    signal.signal(signal.SIGINT, usual)
-    return ema, losses[:done]
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    losses = []
+    if args.checkpoint:
+        model.load_state_dict(args.checkpoint["model"])
+        ema.load_state_dict(args.checkpoint["ema"])
+        optimizer.load_state_dict(args.checkpoint["optimizer"])
+        losses = list(args.checkpoint["losses"].to(images.device))
+    done = len(losses)
+    network = model
+    if args.ranks > 1:
+        network = nn.parallel.DistributedDataParallel(model)  # averages the gradients of all ranks
+    options = dict(disable=True) if args.rank > 0 else {}  # one progress bar is enough
+    try:
+        with tqdm(range(done, args.steps), "training", args.steps, initial=done, **options) as bar:
+            for step in bar:
+                seed_everything(args.seed, step, args.rank)
+                warm_up = min(1, (step + 1) / args.warm_up)  # then the rate stays as it is
+                optimizer.param_groups[0]["lr"] = args.lr * warm_up
+                share = args.batch_size // args.ranks
+                index = torch.randint(len(images), (share,), device=images.device)
+                x0 = flip(images[index].float() / 127.5 - 1)
+                with autocast(images.device):
+                    loss = diffusion.loss(network, x0)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                update_ema(ema, model, step)
+                loss = loss.detach() / args.ranks
+                if args.ranks > 1:
+                    dist.all_reduce(loss)  # the sum, so that a NaN on one rank stops all of them
+                losses.append(loss)
+                done = step + 1
+                save_now = done % args.save_every == 0 or done == args.steps
+                if save_now or done % 50 == 0:
+                    mean = torch.stack(losses[-50:]).mean().item()
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                    if not math.isfinite(mean):
+                        sys.exit(f"The loss is {mean} after {done} steps. Try a lower --lr.")
+                if save_now and args.rank == 0:
+                    save_checkpoint(model, ema, optimizer, losses, args)
+                if done % args.preview_every == 0 and args.rank == 0:
+                    with autocast(images.device):
+                        x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
+                    with new_files(args.out) as folder:
+                        save_grid(to_bytes(x0), folder / "preview.png")
+    except KeyboardInterrupt:
+        if not losses:
+            sys.exit("Stopped before the first training step was complete.")
+        if args.ranks > 1:  # torchrun gives its processes only seconds to end
+            sys.exit("Stopped. --resume continues from the last checkpoint.")
+        print(
+            f"Stopped after {len(losses)} training steps: sampling with what has been learned.\n"
+            f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
+        )
+    return ema, torch.stack(losses).cpu()
 
 
-# 7. Run -------------------------------------------------------------------------------------------------------
-GPU = dict(network={}, steps=800_000, batch_size=128, lr=2e-4, warm_up=5000, save_every=5000, compile=True)
-CPU = dict(network=dict(widths=[32, 64, 64, 64], blocks=1), steps=1500, batch_size=32, lr=1e-3, warm_up=100)
-CPU |= dict(save_every=250, compile=False)
-SMOKE = dict(network=dict(widths=[8, 16], blocks=1), steps=6, batch_size=4, warm_up=1, save_every=1, compile=False)
-SMOKE |= dict(T=10, samples=4, data="photos")
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of the processes of torchrun
-FIXED = ["T", "schedule", "batch_size", "lr", "warm_up", "data", "seed", "ranks"]  # in a run that is resumed
-SETTINGS = [*FIXED, "steps", "samples", "variance"]  # what the files remember
+# 7. Run ---------------------------------------------------------------------------------------
+CPU = dict(  # a small network, to see the recipe at work
+    unet=dict(channels=3, widths=[32, 64, 64, 64], blocks=1),
+    steps=1500,
+    batch_size=32,
+    lr=1e-3,
+    warm_up=100,
+    T=1000,
+    schedule="linear",
+    samples=64,
+    nll=0,
+    variance="beta",
+    data="cifar10",
+    data_root="data",
+    compile=False,
+    save_every=250,  # training steps between two checkpoints: some two minutes
+    preview_every=1000,
+    resume=False,
+    seed=0,
+)
+GPU = CPU | dict(  # the recipe of the paper (Section 4 and Appendix B)
+    unet=dict(channels=3, widths=[128, 256, 256, 256], blocks=2),
+    steps=800_000,
+    batch_size=128,
+    lr=2e-4,
+    warm_up=5000,
+    compile=True,
+    save_every=5000,
+    preview_every=20_000,
+)
+SMOKE = dict(  # a quick self-test: the samples are noise
+    unet=dict(channels=3, widths=[8, 16], blocks=1),
+    steps=6,
+    batch_size=4,
+    warm_up=2,
+    T=10,
+    samples=4,
+    data="photos",
+    compile=False,
+    save_every=2,
+    preview_every=5,
+)
+# Saved in model.pt, so that load_trained can refuse a network that was trained for another task.
+TASK = "32x32 colour images with the network of the DDPM paper"
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "schedule", "compile", "resume"]
+# With --resume, the settings in FIXED cannot change. Those in KEPT change if a flag says so.
+FIXED = ["T", "schedule", "batch_size", "lr", "warm_up", "data", "seed", "ranks"]
+KEPT = ["steps", "samples", "variance", "data_root", "save_every", "preview_every"]
+
+# The averaged weights of the paper's CIFAR-10 run. github.com/pesser/pytorch_diffusion converted
+# them from the official TensorFlow files, and github.com/ermongroup/ddim downloads them as well.
+PUBLISHED = "https://heibox.uni-heidelberg.de/f/2e4f01e2d9ee49bab1d5/?dl=1"
+OUR_NAMES = {  # the names in that file, as regular expressions, and the names in UNet
+    r"^temb\.dense\.0": "time.0",
+    r"^temb\.dense\.1": "time.2",
+    r"^conv_in": "first",
+    r"^mid\.block_1": "middle.0",
+    r"^mid\.attn_1": "middle.0.attention",
+    r"^mid\.block_2": "middle.1",
+    r"^norm_out": "last.0",
+    r"^conv_out": "last.2",
+    r"\.block\.(\d)": r".\1",
+    r"\.attn\.(\d)": r".\1.attention",
+    r"\.downsample": ".2",
+    r"\.upsample": ".3",
+    r"\.temb_proj": ".time",
+    r"\.nin_shortcut": ".skip",
+    r"\.proj_out": ".out",
+}
 
 
-def fail(message):
-    """End the program with one line and exit code 2."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def within(low, high, kind=int):
+    """The type of a flag, for argparse: a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def existing_device(text):
+    """The type of --device, for argparse: a device that this machine has."""
+    try:
+        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
+    return torch.device(text)
+
+
+def add_common_flags(parser):
+    """The flags that this script has in common with the other training scripts."""
+    flag = parser.add_argument
+    positive = within(1, 10**9)
+    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    flag("--T", type=within(1, 8000), help="diffusion steps")
+    flag("--steps", type=positive, help="training steps")
+    flag("--batch-size", type=positive, help="images per training step")
+    flag("--lr", type=within(1e-9, 1e9, float), help="highest learning rate")
+    flag("--data-root", help="folder that has the data set, or will have it")
+    flag("--seed", type=within(0, 10**9), help="random seed")
+    flag("--samples", type=positive, help="how many images to generate")
+    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
+    flag("--smoke", action="store_true", help="quick self-test with a tiny network")
+    flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
+    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flag("--device", type=existing_device, default=str(fastest), help=f"default here: {fastest}")
+
+
+def merge_settings(parser, argv):
+    """Flags override the settings of --smoke, which override the defaults of the device."""
+    # The parser has argument_default=SUPPRESS. So a flag without an explicit default, like --smoke,
+    # is in `given` only if the user gave it.
+    given = vars(parser.parse_args(argv))
+    settings = GPU if given["device"].type == "cuda" else CPU
+    folder = Path("runs", Path(__file__).stem)
+    if "smoke" in given:
+        settings = settings | SMOKE
+        folder /= "smoke"
+    if given["load"]:
+        folder /= "loaded"  # a separate folder, so that no trained network is overwritten
+        for name in TRAINING_FLAGS:
+            if name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect together with --load")
+    return argparse.Namespace(**{"out": folder, "given": given} | settings | given)
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+    )
+    add_common_flags(parser)
+    flag = parser.add_argument
+    flag("--data", choices=["cifar10", "photos"], help="photos needs no download")
+    flag("--variance", choices=["beta", "beta_tilde"], help="sigma_t^2 in sampling")
+    flag("--schedule", choices=["linear", "cosine"], help="noise schedule")
+    flag("--nll", type=within(0, 10**9), nargs="?", const=64, help="bound of NLL test images (64)")
+    flag("--pretrained", dest="load", action="store_const", const=PUBLISHED, help="published EMA")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile for training")
+    flag("--resume", action="store_true", help="continue the run in --out")
+    args = merge_settings(parser, argv)
+    args.rank = 0
+    args.ranks = 1
+    if dist.is_torchelastic_launched():  # this process is one of several that torchrun started
+        args.rank = int(os.environ["RANK"])
+        args.ranks = int(os.environ["WORLD_SIZE"])
+    args.checkpoint = None
+    if args.resume:
+        args.given["ranks"] = args.ranks  # like a flag, it must not differ from that of the run
+        args.checkpoint = load_checkpoint(args.out / "checkpoint.pt")
+        take_over_settings(parser, args)
+    if args.ranks > 1:
+        prepare_rank(parser, args)
+    return args
+
+
+def prepare_rank(parser, args):
+    """With torchrun: checks that the ranks can share the work, and gives each its own GPU."""
+    if args.load:
+        parser.error("torchrun is for training: do not use it with --load or --pretrained")
+    if args.batch_size % args.ranks:
+        parser.error(f"--batch-size {args.batch_size} cannot be shared by {args.ranks} ranks")
+    if args.device.type == "cuda":
+        gpu = int(os.environ["LOCAL_RANK"])
+        if gpu >= torch.cuda.device_count():
+            parser.error(f"torchrun: this machine has {torch.cuda.device_count()} GPUs")
+        args.device = torch.device("cuda", gpu)
+        torch.cuda.set_device(args.device)
+    else:
+        args.device = torch.device("cpu")  # ranks cannot communicate on MPS
+
+
+def take_over_settings(parser, args):
+    """For --resume: the settings that the run began with, changed by the flags in KEPT."""
+    began_with = args.checkpoint["settings"]
+    for name in FIXED:
+        if args.given.get(name, began_with[name]) != began_with[name]:
+            began = f"the run in {args.out} began with {began_with[name]}"
+            parser.error(f"--{name.replace('_', '-')} cannot change with --resume: {began}")
+    vars(args).update(began_with | args.given, unet=args.checkpoint["network"])
+    if args.steps < len(args.checkpoint["losses"]):
+        parser.error(f"--steps: the run in {args.out} has more training steps already")
+
+
+@contextmanager
+def new_files(out):
+    """A temporary folder to write to. At the end, its files move to the folder `out`.
+
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
+            yield Path(folder)
+            for path in Path(folder).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written to: {error.strerror}")
+
+
+def save_checkpoint(model, ema, optimizer, losses, args):
+    """All that --resume needs, in args.out / checkpoint.pt. It is also a model.pt, for --load.
+
+    network, ema, settings: as in model.pt, with more settings
+    model: the weights themselves, not their average
+    optimizer: Adam's averages of the gradients and of their squares
+    losses: one for each training step so far
+    """
+    settings = {name: getattr(args, name) for name in FIXED + KEPT}
+    checkpoint = dict(
+        network=args.unet,
+        ema=ema.state_dict(),
+        settings=dict(task=TASK, image_count=args.image_count) | settings,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        losses=torch.stack(losses).cpu(),
+    )
+    with new_files(args.out) as folder, open(folder / "checkpoint.pt", "wb") as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path):
+    """The contents of a checkpoint.pt that this script has written."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        fits = checkpoint["settings"]["task"] == TASK and "optimizer" in checkpoint
+    except Exception as error:  # torch.load raises errors of many kinds
+        sys.exit(f"--resume {path}: missing or damaged ({type(error).__name__})")
+    if not fits:
+        sys.exit(f"--resume {path}: not a checkpoint.pt of this script")
+    return checkpoint
+
+
+def save_trained(ema, args, path):
+    """What --load needs, and facts about the training."""
+    settings = dict(task=TASK, T=args.T, schedule=args.schedule, steps=args.steps, data=args.data)
+    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
+    with open(path, "wb") as file:
+        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+
+
+def load_trained(source):
+    """A trained network, and facts about it. source: PUBLISHED, or a file.
+
+    The file may be a model.pt or a checkpoint.pt of this script, or one like that in PUBLISHED.
+    """
+    socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
+    options = dict(map_location="cpu", weights_only=True)
+    try:
+        if source == PUBLISHED:  # downloaded once, to torch.hub's folder
+            name = "ddpm_ema_cifar10.ckpt"
+            saved = torch.hub.load_state_dict_from_url(source, file_name=name, **options)
+        else:
+            saved = torch.load(source, **options)
+        if "conv_in.weight" in saved:
+            saved = rename_published(saved)
+        unet = saved["network"]
+        facts = saved["settings"]
+        fits = facts["task"] == TASK
+    except Exception as error:
+        sys.exit(f"--load {source}: missing, damaged or no network ({type(error).__name__})")
+    if not fits:
+        sys.exit(f"--load {source}: trained for {facts['task']}, but this script is for {TASK}")
+    model = UNet(**unet)
+    model.load_state_dict(saved["ema"])
+    return model.eval(), facts
+
+
+def rename_published(weights):
+    """The published weights, as the contents of a model.pt."""
+    ema = {}
+    for name, weight in weights.items():
+        for theirs, ours in OUR_NAMES.items():
+            name = re.sub(theirs, ours, name)
+        ema[name] = weight
+    for name in [name for name in ema if ".q." in name]:
+        parts = [ema.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv"]
+        ema[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    for name in ema:
+        if ".qkv.w" in name or ".out.w" in name:
+            ema[name] = ema[name].flatten(1)  # 1x1 convolutions there, linear layers here
+    facts = dict(task=TASK, T=1000, schedule="linear", data="cifar10")
+    return dict(network={}, ema=ema, settings=facts)
+
+
+def to_bytes(x0):
+    """Images in [-1, 1] as uint8, on the CPU."""
+    if x0.isnan().any():
+        sys.exit("The samples contain NaN: the training diverged, or the weights are damaged.")
+    return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()
+
+
+def save_grid(samples, path):
+    """uint8 images (N, C, H, W) as one image, each enlarged to twice its size."""
+    save_image(F.interpolate(samples / 255, scale_factor=2), path, nrow=math.isqrt(len(samples)))
+
+
+def plot_loss(losses, path):
+    """The loss at each training step, smoothed by a moving average over a fiftieth of the run."""
+    window = 1 + len(losses) // 50
+    means = losses.unfold(0, window, 1).mean(1)  # means[i] is the mean of losses[i : i + window]
+    axes = Figure().subplots()
+    axes.semilogy(range(window, len(losses) + 1), means)
+    axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
+    axes.figure.savefig(path)
+
+
+def bits_per_dimension(diffusion, model, args):
+    """L_0, ..., L_T as means over args.nll test images, their number and their data set."""
+    images, data = load_images(args.data, args.data_root, train=False)
+    chosen = torch.randperm(len(images))[: args.nll]
+    x0 = images[chosen].to(args.device).float() / 127.5 - 1
+    total = 0
+    with autocast(args.device):
+        for part in x0.split(64):
+            total = total + len(part) * diffusion.bound(model, part, variance=args.variance)
+    return total.cpu() / len(x0), len(x0), data
+
+
+def plot_terms(L, title, path):
+    """L_0, ..., L_{T-1}, on a logarithmic axis."""
+    axes = Figure().subplots()
+    axes.semilogy(L[:-1])
+    axes.set(title=title, xlabel="t", ylabel="$L_t$ in bits per dimension")
+    axes.figure.savefig(path)
 
 
 def main(argv=None):
-    # The command line: a flag counts before the settings in a loaded file, and these before the device's defaults.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
-    socket.setdefaulttimeout(10)  # seconds, for a server to answer
-    flag("--steps", type=int, help="training steps (800,000 with CUDA, else 1500)")
-    flag("--batch-size", type=int, help="images in a training step of all ranks, or drawn at once (128, else 32)")
-    flag("--lr", type=float, help="learning rate after the warm-up (2e-4 with CUDA, else 1e-3)")
-    flag("--T", type=int, default=1000, help="diffusion steps (1000)")
-    flag("--schedule", choices=["linear", "cosine"], default="linear", help="of beta (linear)")
-    flag("--data", choices=["cifar10", "photos"], default="cifar10", help="or crops of two photographs (cifar10)")
-    flag("--data-root", default="data", help="folder of CIFAR-10 (data)")
-    flag("--seed", type=int, default=0, help="of all random numbers (0)")
-    flag("--samples", type=int, default=64, help="images to draw (64)")
-    flag("--nll", type=int, nargs="?", const=64, default=0, help="also the bound, of NLL test images (64)")
-    flag("--variance", choices=["beta", "beta_tilde"], default="beta", help="sigma_t^2 (beta)")
-    flag("--device", default=str(torch.accelerator.current_accelerator(True) or "cpu"), help="cuda, mps or cpu")
-    flag("--out", type=Path, help="folder for the files (runs/ddpm_paper; without training or with --smoke one in it)")
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--load", help="a model.pt or checkpoint.pt: draw from it, without training")
-    one_of.add_argument("--pretrained", nargs="?", const="hub", metavar="FILE", help="draw with the published weights")
-    one_of.add_argument("--resume", action="store_true", help="go on with the run in --out; --steps may be raised")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (with CUDA)")
-    flag("--smoke", action="store_true", help="a few steps of a tiny network: does everything work?")
-    args = parser.parse_args(argv)
-    for name, least in dict(steps=1, batch_size=1, lr=1e-9, T=1, samples=1, nll=0, seed=0).items():
-        if (value := getattr(args, name)) is not None and not least <= value <= 10**7:
-            fail(f"--{name.replace('_', '-')} must lie between {least} and 10 million, not {value}")
-    if args.pretrained and (args.T, args.schedule) != (1000, "linear"):
-        fail("--pretrained: the published network was trained with --T 1000 and the linear --schedule")
-    defaults = (GPU if args.device.startswith("cuda") else CPU) | (SMOKE if args.smoke else {})
-    trained, saved = args.load or args.pretrained, None
-    parser.set_defaults(out=Path("runs/ddpm_paper", "loaded" if trained else "smoke" if args.smoke else ""))
-    if source := trained or (args.resume and parser.parse_args(argv).out / "checkpoint.pt"):
-        how = "--load" if args.load else "--pretrained" if args.pretrained else "--resume"
-        try:
-            saved = load_official(source) if args.pretrained else torch.load(source, "cpu", weights_only=True)
-            defaults |= saved["settings"] | {"network": saved["network"]}
-            UNet(**saved["network"]).load_state_dict(saved["ema"])
-            assert not args.resume or "optimizer" in saved, "no checkpoint.pt"
-        except Exception as error:
-            what = "cannot be read" if isinstance(error, OSError) else "is no file for this network"
-            fail(f"{how}: {'the published network' if source == 'hub' else source} {what} ({error!r:.200})")
-    parser.set_defaults(**defaults | {"ranks": RANKS})
-    args = parser.parse_args(argv)
-    for name in FIXED if args.resume else FIXED[:2] if args.load else []:
-        if getattr(args, name) != saved["settings"].get(name):
-            fail(f"{how}: {name.replace('_', '-')} was {saved['settings'].get(name)}, not {getattr(args, name)}")
-    if RANKS > 1 and (trained or args.batch_size % RANKS):
-        fail(f"torchrun is for training, with a --batch-size that its {RANKS} ranks can share, not {args.batch_size}")
-    try:
-        if RANKS > 1 and args.device != "cpu":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU for each rank, whichever --device names
-            torch.cuda.set_device(args.device)
-        args.device = torch.ones(1, device=args.device).device
-        if RANK == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "samples.png").open("ab").close()  # can it be written to?
-    except (OSError, RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} or --out {args.out} cannot be used: {error}")
-
-    # Training, or loading
-    diffusion = Diffusion({"linear": linear_beta, "cosine": cosine_beta}[args.schedule](args.T), args.device)
+    args = parse_args(argv)
+    with new_files(args.out):
+        pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
-    model = UNet(**args.network).to(args.device, memory_format=torch.channels_last)
-    if args.compile:
-        torch._dynamo.config.suppress_errors = True  # where there is no compiler, go on without
-        model.compile()
-    report, start = [], time.perf_counter()
-    if trained:
-        model.load_state_dict(saved["ema"])
-        ema = model.eval()
+    if args.load:
+        model, facts = load_trained(args.load)
+        args.T = facts["T"]
+        args.schedule = facts["schedule"]
+        args.data = args.given.get("data", facts["data"])  # whose test images --nll will use
     else:
-        loaded = [load_images(args.data, args.data_root) if RANK == 0 else None]
-        if RANKS > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-            dist.broadcast_object_list(loaded)  # so that rank 0 alone downloads
-        images, args.data = loaded[0]
-        if args.resume and args.data != saved["settings"]["data"]:
-            fail(f"--resume: the run began with {saved['settings']['data']}, which is not in {args.data_root}")
-        try:
-            ema, losses = train(diffusion, model, images.to(args.device), args, saved)
-        except RuntimeError as error:
-            if "allocate" not in str(error):
-                raise
-            fail(f"out of memory: try a smaller --batch-size ({error})")
-        if RANKS > 1:
-            dist.destroy_process_group()
-        if RANK > 0:
-            return
-        report += [f"{len(losses)} steps in {time.perf_counter() - start:.0f} s, loss {losses[-50:].mean():.4f}"]
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.semilogy(losses.unfold(0, 1 + len(losses) // 50, 1).mean(1).cpu())
-        axes.set(title=f"ddpm_paper.py on {args.data}", xlabel="step", ylabel="$L_{simple}$, running mean")
-        axes.figure.savefig(args.out / "loss.png")
+        model = UNet(**args.unet)
+    model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
+    if args.schedule == "linear":
+        beta = linear_beta(args.T)
+    else:
+        beta = cosine_beta(args.T)
+    diffusion = Diffusion(beta, args.device)
+    report = ""
 
-    # The bound
+    if not args.load:
+        loaded = [None]
+        if args.rank == 0:
+            loaded = [load_images(args.data, args.data_root)]
+        if args.ranks > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
+            dist.broadcast_object_list(loaded)  # so that one rank downloads, and not all of them
+        images, args.data = loaded[0]
+        if args.rank == 0:
+            print(f"{len(images):,} images ({args.data})")
+        if args.resume and len(images) != args.image_count:
+            sys.exit(f"--resume: the run in {args.out} began with {args.image_count:,} images")
+        args.image_count = len(images)
+        if args.compile:
+            torch._dynamo.config.suppress_errors = True  # without a compiler, train uncompiled
+            model.compile()
+        began = time.perf_counter()
+        # From here on, `model` is the averaged model (EMA).
+        model, losses = train_distributed(diffusion, model, images.to(args.device), args)
+        if args.ranks > 1:
+            dist.destroy_process_group()
+        if args.rank > 0:
+            return
+        args.steps = len(losses)  # fewer than asked for, after Ctrl-C
+        report = f"{args.steps} training steps in {time.perf_counter() - began:.0f} s, "
+        report += f"loss {losses[-50:].mean():.4f}; "
+        with new_files(args.out) as folder:
+            save_trained(model, args, folder / "model.pt")
+            plot_loss(losses, folder / "loss.png")
+
     if args.nll:
         torch.manual_seed(args.seed)
-        test, args.data = load_images(args.data, args.data_root, train=False)
-        x0 = test[torch.randperm(len(test))[: args.nll]].to(args.device).float() / 127.5 - 1
-        with autocast(args.device):
-            L = [len(part) * diffusion.bound(ema, part, variance=args.variance) for part in x0.split(args.batch_size)]
-        L = torch.stack(L).sum(0).cpu() / len(x0)  # (T+1,)
-        report += [f"{L.sum():.3f} bits per dimension of {len(x0)} test images (L_0 {L[0]:.3f}, L_T {L[-1]:.4f})"]
-        axes = Figure(figsize=(7, 3.5), layout="constrained").subplots()
-        axes.semilogy(L[:-1])
-        axes.set(title=f"{len(x0)} images of {args.data}: {L.sum():.2f} bits per dimension", xlabel="t", ylabel="$L_t$")
-        axes.figure.savefig(args.out / "nll.png")
+        L, count, data = bits_per_dimension(diffusion, model, args)
+        bits = f"{L.sum():.3f} bits per dimension of {count} test images ({data})"
+        report += f"{bits}, of which L_0 {L[0]:.3f} and L_T {L[-1]:.4f}; "
+        with new_files(args.out) as folder:
+            plot_terms(L, bits, folder / "nll.png")
 
-    # Sampling
-    torch.manual_seed(args.seed)  # anew, so that --load draws what the run drew
-    parts, start = torch.empty(args.samples, 3, 32, 32).split(args.batch_size), time.perf_counter()
+    torch.manual_seed(args.seed)  # again, so that --load reproduces the samples of the training run
+    began = time.perf_counter()
+    parts = []
     with autocast(args.device):
-        x0 = torch.cat([diffusion.sample(ema, part.shape, variance=args.variance) for part in parts])
-    samples = (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().cpu()  # (N, 3, 32, 32)
-    np.savez(args.out / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
-    save_image(F.interpolate(samples / 255, scale_factor=2), args.out / "samples.png", nrow=math.isqrt(args.samples))
-    print("; ".join([*report, f"{args.samples} samples in {time.perf_counter() - start:.0f} s: {args.out}"]))
+        for start in range(0, args.samples, 500):  # in batches, or memory would grow with --samples
+            n = min(500, args.samples - start)
+            x0 = diffusion.sample(model, (n, 3, 32, 32), variance=args.variance)
+            parts.append(to_bytes(x0))
+    samples = torch.cat(parts)  # (N, 3, 32, 32)
+    report += f"{args.samples} samples in {time.perf_counter() - began:.0f} s"
+    with new_files(args.out) as folder:
+        # Channels last, as paper/fid_is.py and other programs that score samples expect.
+        np.savez(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
+        save_grid(samples, folder / "samples.png")
+    print(f"{report}: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
