@@ -35,6 +35,13 @@ def each(paths, name="path"):
     return pytest.mark.parametrize(name, paths, ids=[Path(path).stem for path in paths])
 
 
+def first_of(paths):
+    """As `each`, but only the first script is tested within the README's two minutes."""
+    first, *rest = paths
+    marked = [first, *(pytest.param(path, marks=pytest.mark.slow) for path in rest)]
+    return pytest.mark.parametrize("path", marked, ids=[Path(path).stem for path in paths])
+
+
 @cache
 def load(script):
     """The module of a script, for example of "pytorch_lowlevel/ddpm_mnist.py", imported once."""

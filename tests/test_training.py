@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR, MNIST, TRAIN, OneConvolution, each, having, load
+from conftest import CIFAR, MNIST, TRAIN, OneConvolution, first_of, having, load
 
 PAPER = "paper/ddpm_paper.py"
 STEPS = 60  # of the watched runs: enough for a warm-up of a thirtieth
@@ -85,7 +85,7 @@ def expected_rate(path, k, steps):
     return min(30 * (k + 1) / steps, 1 - k / steps)
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_the_optimiser_does_what_the_recipe_says(path, monkeypatch, tmp_path):
     """Each training: rates from the first step to the last, betas, eps, clipping by the norm.
 
@@ -111,7 +111,7 @@ def test_the_optimiser_does_what_the_recipe_says(path, monkeypatch, tmp_path):
         assert len(watch.runs[0]["rates"]) == STEPS
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_the_average_of_the_weights_is_saved(path, monkeypatch, tmp_path):
     """model.pt holds the EMA of one of the run's trainings, and not the last raw weights."""
     watch = Watch(path, monkeypatch, tmp_path, "--steps", 12, "--lr", "0.01")
@@ -124,7 +124,7 @@ def test_the_average_of_the_weights_is_saved(path, monkeypatch, tmp_path):
         assert not any(torch.allclose(saved, run["weights"][-1], atol=1e-5) for run in watch.runs)
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_the_seed_decides_weights_batches_and_samples(path, monkeypatch, tmp_path):
     """The same seed gives the same run, another one other weights, batches and samples."""
 
@@ -150,7 +150,7 @@ def test_the_seed_decides_weights_batches_and_samples(path, monkeypatch, tmp_pat
         assert np.array_equal(found, same) and not np.array_equal(found, other)
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_the_network_sees_pixels_in_minus_one_to_one(path, monkeypatch, tmp_path):
     """Grey level k of 0...255 as k / 127.5 - 1, in batches (B, C, H, W) of float32."""
     watch = Watch(path, monkeypatch, tmp_path, "--steps", 8, "--batch-size", 16)
