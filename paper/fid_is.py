@@ -212,10 +212,10 @@ def nearest(queries, images, k=3):
 # 2. Images ------------------------------------------------------------------------------------
 def whole_image(path):
     """An image file as (3, H, W) uint8."""
-    image = Image.open(path)
-    if image.mode[0] in "IF" or image.has_transparency_data:
-        raise ValueError(f"{path.name} is transparent or has 16 bits a pixel: save it as RGB")
-    return pil_to_tensor(image.convert("RGB"))
+    with Image.open(path) as image:
+        if image.mode[0] in "IF" or image.has_transparency_data:
+            raise ValueError(f"{path.name} is transparent or has 16 bits a pixel: save it as RGB")
+        return pil_to_tensor(image.convert("RGB"))
 
 
 def square_image(path):
@@ -429,7 +429,8 @@ def inception(weights, device):
         outputs = ["2048", "logits_unbiased"]
         network = FeatureExtractorInceptionV3("inception", outputs, weights).to(device)
     except Exception as error:
-        sys.exit(f"--features inception: no weights ({type(error).__name__}: {error})")
+        # Without the error's own text: torch.load's advises to load unsafely.
+        sys.exit(f"--features inception: its weights cannot be loaded ({type(error).__name__})")
     return lambda images: network(images.expand(-1, 3, -1, -1).to(device))
 
 
@@ -499,7 +500,7 @@ def parse_args(argv):
 def new_files(out):
     """A temporary folder to write to. At the end, its files move to the folder `out`.
 
-    So if the program is killed or the disk is full, no file in `out` is half written or lost.
+    This way, if the program is killed or the disk fills up, no file in `out` is half written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -523,14 +524,14 @@ def default_reference(shape, smoke):
 def score_table(rows, distance):
     """Lines of text: a header, then the scores of each row. distance: "FD" or "FID"."""
     lines = [
-        f"samples {distance:>9}       KID +- one subset   Inception Score"
-        "    over 0.9  accuracy  diversity"
+        f"samples {distance:>9}       KID +- one subset  Inception Score"
+        "   over 0.9  accuracy  diversity"
     ]
     for name, scores, _ in rows:
         kid_mean, kid_std = scores["KID"]
         mean, std = scores["IS"]
         spread = f"+- {std:.3f}" if scores["n"] >= 20 else ""  # otherwise there is just one part
-        line = f"{scores['n']:7,} {scores['FD']:9.4g} {kid_mean:9.3g} +- {kid_std:<8.2g}"
+        line = f"{scores['n']:7,} {scores['FD']:9.4g} {kid_mean:9.4g} +- {kid_std:<8.2g}"
         line += f" {mean:9.3f} {spread:8} {scores['confident']:10.1%}"
         more = ""
         if "accuracy" in scores:
