@@ -124,10 +124,12 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        beta is the variance of the noise that the forward process adds between t_next and t. With
-        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
-        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
-        the other choice of DDPM (sigma-hat in the DDIM paper).
+        The old noise eps_hat and the fresh noise z together have the variance that the forward
+        process gives to x_{t_next}, 1 - alpha_bar_{t_next}. eta sets the share of the fresh noise:
+        with eta = 0 there is none; with eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. beta is the variance of the noise that the forward process adds
+        between t_next and t. With variance="beta" (and eta = 1) z gets this variance, DDPM's other
+        choice (sigma-hat in the DDIM paper).
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -141,7 +143,7 @@ class Diffusion:
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
-        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
@@ -168,9 +170,10 @@ class Diffusion:
 def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
-    two would round to the same time, one moves up to the next free one. The first is always T: the
-    paper asks for one close to T, and its code's 10 uniform times begin at 901.
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. If two would
+    round to the same time, the larger one moves up to the next free time.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins a
+    little lower: with S = 10 at t = 901 (uniform), or near 0.8 T (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
