@@ -4,17 +4,18 @@ Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal 2021, arXiv
 Sections 3.2 and 4. Under DDPM's linear schedule the image is gone long before t = T, so the last
 steps of the forward process add noise to what is already noise. The cosine schedule destroys the
 image more gradually. Two networks are trained here, one under each schedule, from the same initial
-weights and on the same images, t and noise. Then each generates samples twice: from noise at t = T,
-and from noise at t = 0.8 T. If nothing is lost by that, the last fifth of the steps was wasted.
+weights and on the same images, t and noise. Then each generates samples twice in 100 steps (eta = 1
+in DDIM's terms: the variance beta_tilde), from noise at t = T and from noise at t = 0.8 T. If
+leaving out the last fifth of 1..T does no harm, it was wasted.
 
     python paper/cosine_schedule.py                              # seven minutes on two CPU cores
     python paper/cosine_schedule.py --load runs/cosine_schedule  # samples only
 
---load takes the folder of an earlier run. Ctrl-C stops the training of the current network and goes
-on with it. Writes to runs/cosine_schedule/ (with --load to its subfolder loaded/, with --smoke to
-smoke/): schedules.png, forward.png (an image turning into noise), loss_by_t.png (the loss on
-held-out images at each t); for each schedule model_cosine.pt, samples_cosine.png and .npz, from
-t = T, and skipped_cosine.png and .npz, from t = 0.8 T; and skipped.png, some samples of all four.
+--load takes the folder of an earlier run. Ctrl-C ends the training of the current network only.
+Writes to runs/cosine_schedule/ (with --load to its subfolder loaded/, with --smoke to smoke/):
+schedules.png, forward.png (an image turning into noise), loss_by_t.png (of held-out images); for
+each schedule model_cosine.pt, samples_cosine.png and .npz, from t = T, and skipped_cosine.png and
+.npz, from t = 0.8 T; and skipped.png, some samples of all four.
 
 New beside ddpm_mnist.py: cosine_beta, sample_respaced, and most of section 7. plot_rows is that of
 ddim_sampling.py. Left out: the learned variance and the hybrid loss, the paper's other half.
@@ -63,8 +64,8 @@ def cosine_beta(T=1000, s=0.008):
     f(t) = cos^2(((t / T + s) / (1 + s)) pi / 2),  alpha_bar_t = f(t) / f(0),
     beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999
 
-    f(T) = 0, so that beta_T would be 1, and the sampler would divide by alpha_T = 0: hence the
-    limit. s keeps beta_1 from being too small to be seen.
+    Without the limit, beta_T would be 1 because f(T) = 0, and predict_x0 would divide by
+    sqrt(alpha_bar_T) = 0. s keeps beta_t from being tiny near t = 0.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
     angle = (t / T + s) / (1 + s) * math.pi / 2
@@ -539,14 +540,18 @@ def new_files(out):
 
 def save_with_schedule(ema, args, schedule, data, trained, path):
     """A model.pt like ddpm_mnist.py's. `run` is the same in both files of a run."""
-    run = dict(steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
-    facts = dict(
-        task=f"28x28 images with the {schedule} schedule",
+    run = dict(
+        unet=args.unet,
         T=args.T,
-        steps=trained,  # fewer than args.steps if Ctrl-C stopped the training
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
         data=data,
-        run=run | dict(unet=args.unet, T=args.T, data=data),
     )
+    task = f"28x28 images with the {schedule} schedule"
+    # trained: training steps, fewer than args.steps if Ctrl-C stopped the training
+    facts = dict(task=task, T=args.T, steps=trained, data=data, run=run)
     with open(path, "wb") as file:
         torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
 

@@ -65,8 +65,8 @@ def cosine_beta(T=1000, s=0.008):
     f(t) = cos^2(((t / T + s) / (1 + s)) pi / 2),  alpha_bar_t = f(t) / f(0),
     beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999
 
-    f(T) = 0, so that beta_T would be 1, and the sampler would divide by alpha_T = 0: hence the
-    limit. s keeps beta_1 from being too small to be seen.
+    Without the limit, beta_T would be 1 because f(T) = 0, and predict_x0 would divide by
+    sqrt(alpha_bar_T) = 0. s keeps beta_t from being tiny near t = 0.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
     angle = (t / T + s) / (1 + s) * math.pi / 2
