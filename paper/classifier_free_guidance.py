@@ -124,10 +124,12 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        beta is the variance of the noise that the forward process adds between t_next and t. With
-        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
-        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
-        the other choice of DDPM (sigma-hat in the DDIM paper).
+        The old noise eps_hat and the fresh noise z together have the variance that the forward
+        process gives to x_{t_next}, 1 - alpha_bar_{t_next}. eta sets the share of the fresh noise:
+        with eta = 0 there is none; with eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. beta is the variance of the noise that the forward process adds
+        between t_next and t. With variance="beta" (and eta = 1) z gets this variance, DDPM's other
+        choice (sigma-hat in the DDIM paper).
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -141,7 +143,7 @@ class Diffusion:
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
-        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
@@ -168,9 +170,10 @@ class Diffusion:
 def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
-    two would round to the same time, one moves up to the next free one. The first is always T: the
-    paper asks for one close to T, and its code's 10 uniform times begin at 901.
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. If two would
+    round to the same time, the larger one moves up to the next free time.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins a
+    little lower: with S = 10 at t = 901 (uniform), or near 0.8 T (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
@@ -461,7 +464,7 @@ SMOKE = dict(  # a quick self-test: the samples are noise
 )
 # Saved in model.pt, so that load_model can refuse a network that was trained for another task.
 TASK = "28x28 images with the linear schedule"
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # no use beside --load
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "data_root"]  # refused with --load
 
 
 def within(low, high, kind=int):
@@ -635,13 +638,14 @@ def plot_guidance(blocks, path):
         picture = make_grid(rows, nrow=columns)  # (3, H, W), 30 pixels from image to image
         axes.imshow(picture.permute(1, 2, 0).numpy())
         axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
+    all_axes[0].set_ylabel("digit asked for")
     figure.savefig(path)
 
 
 def main(argv=None):
     args = parse_args(argv)
     with new_files(args.out):
-        pass  # if that fails, then now and not after the training
+        pass  # if the folder cannot be written to, stop now and not after the training
     torch.manual_seed(args.seed)
     if args.load:
         model, args.T = load_model(args.load)
@@ -682,9 +686,9 @@ def main(argv=None):
         torch.manual_seed(args.seed)  # every w starts from the same noise
         parts = []
         with autocast(args.device):
-            for part in y.split(500):  # in batches, or memory would grow with --samples
-                eps_of = partial(guided_eps, model, y=part, w=w)
-                shape = (len(part), 1, 28, 28)
+            for y_part in y.split(500):  # in batches, or memory would grow with --samples
+                eps_of = partial(guided_eps, model, y=y_part, w=w)
+                shape = (len(y_part), 1, 28, 28)
                 x0 = diffusion.ddim_sample(eps_of, shape, S, eta, clip=args.clip, variance="beta")
                 parts.append(to_bytes(x0))
         samples = torch.cat(parts)  # (N, 1, 28, 28)

@@ -126,10 +126,12 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        beta is the variance of the noise that the forward process adds between t_next and t. With
-        eta = 0 no noise is added. With eta = 1 and t_next = t - 1 this is DDPM's step with the
-        variance beta_tilde_t. variance="beta" (with eta = 1) adds noise of variance beta instead,
-        the other choice of DDPM (sigma-hat in the DDIM paper).
+        The old noise eps_hat and the fresh noise z together have the variance that the forward
+        process gives to x_{t_next}, 1 - alpha_bar_{t_next}. eta sets the share of the fresh noise:
+        with eta = 0 there is none; with eta = 1 and t_next = t - 1 this is DDPM's step with the
+        variance beta_tilde_t. beta is the variance of the noise that the forward process adds
+        between t_next and t. With variance="beta" (and eta = 1) z gets this variance, DDPM's other
+        choice (sigma-hat in the DDIM paper).
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -143,7 +145,7 @@ class Diffusion:
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
-        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # "pointing to x_t"
+        direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # the last step adds no noise
             return mean
@@ -170,9 +172,10 @@ class Diffusion:
 def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, which lie close together near 0; where
-    two would round to the same time, one moves up to the next free one. The first is always T: the
-    paper asks for one close to T, and its code's 10 uniform times begin at 901.
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. If two would
+    round to the same time, the larger one moves up to the next free time.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins a
+    little lower: with S = 10 at t = 901 (uniform), or near 0.8 T (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
@@ -519,7 +522,7 @@ CPU = dict(  # as in ddpm_mnist.py, with fewer training steps: guidance makes up
 )
 GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
     unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the lesson's widths
-    steps=6000,  # 25 times through MNIST
+    steps=6000,  # 30 times through five sixths of MNIST
     batch_size=256,  # the upper end of the lesson's 128 to 256
     lr=5e-4,  # a wider network needs a smaller rate
     samples=2000,  # enough for the scores of fid_is.py
@@ -534,7 +537,8 @@ SMOKE = dict(  # a quick self-test: the samples are noise
 )
 # Saved in model.pt, so that load_model can refuse a network that was trained for another task.
 TASK = "28x28 images with the linear schedule"
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # of the UNet: refused with --load
+# Refused with --load. (--data and --data-root are of use if the classifier is still to be trained.)
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]
 
 
 def within(low, high, kind=int):
@@ -620,9 +624,6 @@ def parse_args(argv):
         parser.error("--samples must be at least 10: one image of each digit")
     if len({f"{s:g}" for s in args.s}) < len(args.s):
         parser.error("--s: two of these scales would have the same file name")
-    # --data has no effect if both networks come from --load: main will refuse it.
-    given = parser.parse_args(argv)
-    args.data_is_given = "data" in given or "data_root" in given
     return args
 
 
@@ -724,6 +725,7 @@ def plot_guidance(blocks, path):
         picture = make_grid(rows, nrow=columns)  # (3, H, W), 30 pixels from image to image
         axes.imshow(picture.permute(1, 2, 0).numpy())
         axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
+    all_axes[0].set_ylabel("digit asked for")
     figure.savefig(path)
 
 
@@ -742,7 +744,7 @@ def main(argv=None):
         model = UNet(**args.unet)
     classifier = NoisyClassifier(1, args.unet["widths"], 10)
     if "classifier" in saved:
-        if args.data_is_given:
+        if "data" in args.given or "data_root" in args.given:
             sys.exit(f"--data has no effect: {args.load} holds the classifier as well")
         classifier.load_state_dict(saved["classifier"])
     model = model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
@@ -793,9 +795,9 @@ def main(argv=None):
         torch.manual_seed(args.seed)  # every s starts from the same noise
         parts = []
         with autocast(args.device):
-            for part in y.split(500):  # in batches, or memory would grow with --samples
-                eps_of = partial(classifier_eps, diffusion, model, classifier, y=part, s=s)
-                shape = (len(part), 1, 28, 28)
+            for y_part in y.split(500):  # in batches, or memory would grow with --samples
+                eps_of = partial(classifier_eps, diffusion, model, classifier, y=y_part, s=s)
+                shape = (len(y_part), 1, 28, 28)
                 x0 = diffusion.ddim_sample(eps_of, shape, min(50, args.T), clip=args.clip)
                 parts.append(to_bytes(x0))
         samples = torch.cat(parts)  # (N, 1, 28, 28)

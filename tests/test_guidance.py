@@ -362,6 +362,37 @@ def test_each_strength_has_its_own_images_labels_and_block(path, monkeypatch, tm
     assert np.abs(shades - grey(path, 1.5, np.arange(10))).max() <= 1
 
 
+@both
+def test_images_are_saved_upright_rounded_and_clamped(path, monkeypatch, tmp_path):
+    """The sampler returns image n with the grey level n + 0.6 and marks outside of [-1, 1]."""
+    script = load(path)
+
+    def ddim_sample(self, model, shape, *args, **options):
+        x0 = torch.empty(shape)
+        x0[:] = ((torch.arange(shape[0]) + 0.6) / 127.5 - 1).view(-1, 1, 1, 1)
+        x0[:, 0, 3, 20] = 1.5
+        x0[:, 0, 4, 20] = -2
+        return x0
+
+    monkeypatch.setattr(script.Diffusion, "ddim_sample", ddim_sample)
+    name = "w" if path == FREE else "s"
+    _, figures = experiment(path, monkeypatch, tmp_path, f"--{name}", 3, "--samples", 20)
+    expected = np.empty((20, 28, 28, 1), dtype=np.uint8)
+    expected[:] = np.arange(1, 21).reshape(20, 1, 1, 1)
+    expected[:, 3, 20] = 255
+    expected[:, 4, 20] = 0
+    assert np.array_equal(np.load(tmp_path / f"{name}_3.npz")["arr_0"], expected)
+    grid = np.asarray(figures["guidance.png"].axes[0].images[0].get_array())
+    with Image.open(tmp_path / "samples.png") as picture:
+        doubled = np.asarray(picture)
+    for k in range(20):  # guidance.png has a row for each label, samples.png a column
+        x, y = 2 + 30 * (k // 10), 2 + 30 * (k % 10)
+        assert np.array_equal(grid[y : y + 28, x : x + 28, :1], expected[k])
+        x, y = 2 + 58 * (k % 10), 2 + 58 * (k // 10)
+        assert np.array_equal(doubled[y : y + 56 : 2, x : x + 56 : 2, :1], expected[k])
+        assert np.array_equal(doubled[y + 1 : y + 56 : 2, x + 1 : x + 56 : 2, :1], expected[k])
+
+
 @having("plot_guidance")
 @pytest.mark.parametrize("n, columns", [(10, 1), (39, 3), (200, 4)])
 @pytest.mark.parametrize("blocks", [1, 12])
@@ -373,7 +404,7 @@ def test_a_block_has_a_row_for_each_digit(script, n, columns, blocks, tmp_path, 
     images[:] = (torch.arange(n) % 200).byte().view(-1, 1, 1, 1)
     images[:, :, 0, 27] = 255  # at the top on the right
     script.plot_guidance({f"w = {k}": images for k in range(blocks)}, tmp_path / "g.png")
-    assert len(figures[0].axes) == blocks
+    assert len(figures[0].axes) == blocks and figures[0].axes[0].get_ylabel() == "digit asked for"
     assert (figures[0].get_size_inches() * figures[0].dpi).min() >= 200
     for k, axes in enumerate(figures[0].axes):
         assert axes.get_title() == f"w = {k}" and not list(axes.get_xticks())
@@ -508,6 +539,52 @@ def test_the_classifier_learns_noisy_images_and_is_tested_on_others(monkeypatch,
     values, edges, _ = stairs.get_data()
     assert np.asarray(values).tolist() == [1] * 10  # it is always right
     assert np.asarray(edges) == pytest.approx(np.arange(11) + 0.5)  # each t in the middle
+
+
+@both
+def test_the_report_says_what_was_trained_and_sampled(path, monkeypatch, tmp_path, capsys):
+    """Steps, the mean of the last 50 losses, and how many samples."""
+    losses = {"mse_loss": [], "cross_entropy": []}
+    for name, seen in losses.items():
+        usual = getattr(torch.nn.functional, name)
+
+        def recorded(*args, usual=usual, seen=seen):
+            seen.append(usual(*args))
+            return seen[-1]
+
+        monkeypatch.setattr(torch.nn.functional, name, recorded)
+    experiment(path, monkeypatch, tmp_path, "--steps", 60, "--lr", 0.1, "--samples", 12)
+    means = {name: torch.stack(seen[-50:]).mean() for name, seen in losses.items() if seen}
+    out = capsys.readouterr().out
+    assert "600 images (mnist5k)" in out
+    if path == FREE:
+        report = out.splitlines()[-1]
+        assert report.startswith("60 training steps in ")
+        assert f"loss {means['mse_loss']:.4f}; 12 samples for each of 5 w in " in report
+    else:
+        assert f"UNet: 60 training steps, loss {means['mse_loss']:.4f}\n" in out
+        assert f"classifier: 3 training steps, loss {means['cross_entropy']:.4f}\n" in out
+        report = out.splitlines()[-1]
+        assert report.startswith("12 samples for each s, ")
+    assert report.endswith(f": {tmp_path}")
+
+
+def test_each_network_is_trained_by_its_own_recipe(monkeypatch, tmp_path):
+    """The flags are those of the UNet; the classifier's recipe stands in the settings."""
+    script, calls = load(GUIDED), []
+    usual = script.train_network
+
+    def watched(loss_of, network, images, labels, steps, batch_size, lr):
+        calls.append((type(network).__name__, steps, batch_size, lr))
+        return usual(loss_of, network, images, labels, steps, batch_size, lr)
+
+    monkeypatch.setattr(script, "train_network", watched)
+    flags = ["--steps", 4, "--batch-size", 5, "--lr", 0.25, "--samples", 10]
+    experiment(GUIDED, monkeypatch, tmp_path, *flags)
+    recipe = script.SMOKE["classifier_recipe"]
+    assert calls[0] == ("Painter", 4, 5, 0.25)
+    assert calls[1:] == [("KnowingClassifier", *recipe.values())]
+    assert list(recipe) == ["steps", "batch_size", "lr"]
 
 
 def test_accuracy_png_shows_what_was_measured(monkeypatch, tmp_path):
@@ -768,6 +845,15 @@ def test_ctrl_c_ends_one_training_and_keeps_what_was_learned(
     if path == GUIDED:  # with the step that was interrupted
         trained = [call for call in KnowingClassifier.calls if call[2] == "train"]
         assert len(trained) == 3
+
+
+@both
+def test_samples_are_finite_at_the_largest_T(path, tmp_path):
+    """T = 8000: alpha_bar_T is almost 0. The images are noise, and not all black."""
+    name = "w" if path == FREE else "s"
+    flags = ["--smoke", "--T", "8000", f"--{name}", "2", "--samples", "10"]
+    load(path).main([*flags, "--out", str(tmp_path)])
+    assert np.load(tmp_path / f"{name}_2.npz")["arr_0"].std() > 10
 
 
 @both
