@@ -169,12 +169,11 @@ def score_all(network, sets, real, labels, n_floor):
     for name, images, y in sets:
         set_features, set_logits = extract(network, images)
         rows.append((name, score(set_features, set_logits, y, against), set_features))
-    start = len(real) - n_floor
+    floor = features[-n_floor:]
     for n in sorted({min(len(images), n_floor) for _, images, _ in sets}):
-        floor = slice(start, start + n)
-        y = None if labels is None else labels[floor]
-        scores = score(features[floor], logits[floor], y, against)
-        rows.append(("real images", scores, features[floor]))
+        y = None if labels is None else labels[-n_floor:][:n]
+        scores = score(floor[:n], logits[-n_floor:][:n], y, against)
+        rows.append(("real images", scores, floor[:n]))
     return rows, against
 
 

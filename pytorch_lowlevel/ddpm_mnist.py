@@ -45,8 +45,8 @@ matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change
 def linear_beta(T=1000):
     """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
 
-    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. Meant for T = 1000: with
-    T = 100, a third of the signal's variance would survive until x_T.
+    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. The schedule is meant for
+    T = 1000. With T = 100, a third of the signal's variance would survive until x_T.
     """
     beta = torch.zeros(T + 1, dtype=torch.float64)
     beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -76,12 +76,12 @@ class Diffusion:
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: the formula needs t - 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0, as the formula needs t - 1
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
-        # All of this is computed in float64 and rounded at the end: near t = 1, alpha_bar is close
-        # to 1, and 1 - alpha_bar would lose half of its digits in float32. First to dtype, then to
-        # the device, because MPS has no float64.
+        # All of this is computed in float64 and rounded at the end, because near t = 1 alpha_bar is
+        # close to 1, and 1 - alpha_bar would lose half of its digits in float32. The dtype is
+        # converted before the device, because MPS has no float64.
         self.beta = beta.to(dtype).to(device)
         self.alpha = alpha.to(dtype).to(device)
         self.alpha_bar = alpha_bar.to(dtype).to(device)
@@ -167,7 +167,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
-        # 16 channels per group: on CPUs, GroupNorm is slow with smaller groups.
+        # 16 channels per group, because on CPUs GroupNorm is slow with smaller groups.
         self.norm1 = nn.GroupNorm(c_in // 16, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(d_time, c_out)
@@ -334,8 +334,8 @@ def train(diffusion, model, images, steps, batch_size, lr):
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     # The learning rate is set in each training step. These betas are Adam's and have nothing to do
-    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
-    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    # with the noise schedule. They set how slowly Adam forgets earlier gradients and their squares,
+    # and the usual 0.999 is too slow for a run of a few thousand training steps.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     losses = []
     try:
@@ -361,7 +361,7 @@ def train(diffusion, model, images, steps, batch_size, lr):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
+        print(f"Stopped after {len(losses)} training steps. Sampling with what has been learned.")
     return ema, torch.stack(losses).cpu()
 
 
