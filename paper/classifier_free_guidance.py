@@ -429,7 +429,7 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        print(f"Stopped after {len(losses)} training steps: sampling with what has been learned.")
+        print(f"Stopped after {len(losses)} training steps. Sampling with what has been learned.")
     return ema, torch.stack(losses).cpu()
 
 

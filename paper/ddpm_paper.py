@@ -512,7 +512,7 @@ def train_distributed(diffusion, model, images, args):
         if args.ranks > 1:  # torchrun gives its processes only seconds to end
             sys.exit("Stopped. --resume continues from the last checkpoint.")
         print(
-            f"Stopped after {len(losses)} training steps: sampling with what has been learned.\n"
+            f"Stopped after {len(losses)} training steps. Sampling with what has been learned.\n"
             f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
         )
     return ema, torch.stack(losses).cpu()

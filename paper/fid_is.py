@@ -219,7 +219,8 @@ def whole_image(path):
 
 def square_image(path):
     """An image file as (3, 32, 32) uint8: its centre, cropped to a square and made smaller."""
-    image = ImageOps.exif_transpose(Image.open(path))  # cameras note how they were held
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)  # as the camera was held
     if image.mode.startswith("I"):  # 16 bits a pixel: convert() would turn all above 255 white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGBA")

@@ -448,7 +448,7 @@ def train_resumable(diffusion, model, images, args):
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
         print(
-            f"Stopped after {len(losses)} training steps: sampling with what has been learned.\n"
+            f"Stopped after {len(losses)} training steps. Sampling with what has been learned.\n"
             f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
         )
     return ema, torch.stack(losses).cpu()
