@@ -148,7 +148,7 @@ def score(features, logits, labels, against):
         FD=fid(features, against),
         KID=kid(features, against),
         IS=inception_score(logits[order]),
-        confident=(confidence > 0.9).double().mean().item(),
+        confident=(confidence > 0.9).double().mean().item()
     )
     if labels is not None:
         scores["accuracy"] = (y_hat == labels).double().mean().item()
@@ -350,7 +350,7 @@ def known_sets(images, labels, n):
         ("noisy", noisy, y),
         ("wrong labels", real, y.roll(1)),
         ("one class", images[one_class], labels[one_class]),
-        ("one image a class", images[one_each], labels[one_each]),
+        ("one image a class", images[one_each], labels[one_each])
     ]
 
 
@@ -373,7 +373,7 @@ class FeatureClassifier(nn.Module):
             nn.AvgPool2d(s - s // 2, stride=max(1, s // 2)),  # to 2x2; images under 16x16 to 1x1
             nn.Flatten(),
             nn.Linear(side * side * 128, 64),
-            nn.ReLU(),
+            nn.ReLU()
         )
         self.last = nn.Linear(64, classes)
 
