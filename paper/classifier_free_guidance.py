@@ -6,7 +6,7 @@ probability 0.1 during training. The difference of the two predictions shows wha
 contributes; sampling scales it by a guidance weight w. A larger w gives clearer but less varied
 digits.
 
-    python paper/classifier_free_guidance.py  # nine minutes on two CPU cores, six of them training
+    python paper/classifier_free_guidance.py  # eight minutes on two CPU cores, six to train
     python paper/classifier_free_guidance.py --load assets/classifier_free_guidance.pt --w 2
     python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot  # accuracy against diversity
 
@@ -401,8 +401,8 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     # The learning rate is set in each training step. These betas are Adam's and have nothing to do
-    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
-    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    # with the noise schedule. They set how slowly Adam forgets earlier gradients and their squares,
+    # and the usual 0.999 is too slow for a run of a few thousand training steps.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     losses = []
     try:
