@@ -316,7 +316,7 @@ def load_images(data, root, train=True):
     return images.round().byte(), "photos"
 
 
-def read_picture(path):
+def square_image(path):
     """An image file as (3, 32, 32) uint8: its centre, cropped to a square and made smaller."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)  # as the camera was held
@@ -338,7 +338,7 @@ def load_folder(folder):
     images = []
     for path in tqdm(paths, "reading images"):
         try:
-            images.append(read_picture(path))
+            images.append(square_image(path))
         except Exception as error:
             sys.exit(f"--data {folder}: {path} cannot be read: {error}")
     return torch.stack(images)

@@ -24,7 +24,7 @@ def quarters(size=64):
 
 
 def read(path):
-    return load(CIFAR).read_picture(path)
+    return load(CIFAR).square_image(path)
 
 
 def colours(image, places=CORNERS):
