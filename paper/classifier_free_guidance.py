@@ -206,7 +206,7 @@ def guided_eps(model, xt, t, y, w):
         return model(xt, t, null)
     if w == 1:
         return model(xt, t, y)
-    # Both predictions in one call, with twice the batch: faster than two calls.
+    # Both predictions in one call with twice the batch, which is faster than two calls.
     both = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, y]))
     eps_null, eps_y = both.chunk(2)
     return eps_null + w * (eps_y - eps_null)
@@ -396,8 +396,8 @@ def update_ema(ema, model, step):
 def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
     """Algorithm 1 of Ho & Salimans. Returns the EMA and the losses (steps,). Ctrl-C stops early.
 
-    images: (N, C, H, W) uint8, labels: (N,), both on the model's device. Only the labels are new:
-    the rest is `train` of ddpm_mnist.py.
+    images: (N, C, H, W) uint8, labels: (N,), both on the model's device. Only the labels are new,
+    and the rest is `train` of ddpm_mnist.py.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     # The learning rate is set in each training step. These betas are Adam's and have nothing to do

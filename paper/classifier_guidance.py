@@ -10,11 +10,11 @@ gradient from eps_hat.
     python paper/classifier_guidance.py --load assets/ddpm_mnist.pt  # trains only the classifier
     python paper/fid_is.py runs/classifier_guidance/*.npz --plot  # accuracy against diversity
 
-A model.pt that this script has written holds both networks: with --load, neither is trained.
+A model.pt that this script has written holds both networks, so with --load neither is trained.
 Writes to runs/classifier_guidance/ (with --load to its subfolder loaded/, with --smoke to smoke/):
 s_2.npz and the like (the samples of each s and the labels asked for), guidance.png (a block for
 each s), samples.png (the s nearest to 2); after training also model.pt, loss.png and accuracy.png
-(of the classifier at each t: where it can only guess, it cannot guide).
+(of the classifier at each t, because where it can only guess, it cannot guide).
 
 What is new: classifier_loss, class_gradient, classifier_eps, NoisyClassifier, train_network (it
 trains either network), accuracy_by_t. The rest is from ddpm_mnist.py and ddim_sampling.py.
@@ -188,7 +188,7 @@ def ddim_timesteps(T, S, spacing="uniform"):
 
 
 def classifier_loss(diffusion, classifier, x0, y):
-    """The cross-entropy on noisy images: those that the classifier will guide are noisy as well."""
+    """The cross-entropy on noisy images, because those that it will guide are noisy as well."""
     t = torch.randint(1, diffusion.T + 1, (len(x0),), device=x0.device)
     eps = torch.randn_like(x0)
     xt = diffusion.q_sample(x0, t, eps)
@@ -450,12 +450,12 @@ def train_network(loss_of, network, images, labels, steps, batch_size, lr):
     """Minimises loss_of(network, x0, y). Returns the EMA and the losses. Ctrl-C stops early.
 
     images: (N, C, H, W) uint8, labels: (N,), both on the network's device. Only `network`, `labels`
-    and `loss_of` are new: the rest is `train` of ddpm_mnist.py.
+    and `loss_of` are new, and the rest is `train` of ddpm_mnist.py.
     """
     ema = copy.deepcopy(network).eval().requires_grad_(False)
     # The learning rate is set in each training step. These betas are Adam's and have nothing to do
-    # with the noise schedule: they set how slowly Adam forgets earlier gradients and their squares.
-    # The usual 0.999 is too slow for a run of a few thousand training steps.
+    # with the noise schedule. They set how slowly Adam forgets earlier gradients and their squares,
+    # and the usual 0.999 is too slow for a run of a few thousand training steps.
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.95), fused=True)
     losses = []
     try:
@@ -482,7 +482,7 @@ def train_network(loss_of, network, images, labels, steps, batch_size, lr):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        print(f"Stopped after {len(losses)} training steps: going on with what has been learned.")
+        print(f"Stopped after {len(losses)} training steps. Going on with what has been learned.")
     return ema, torch.stack(losses).cpu()
 
 
@@ -506,12 +506,12 @@ def accuracy_by_t(diffusion, classifier, images, labels):
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-CPU = dict(  # as in ddpm_mnist.py, with fewer training steps: guidance makes up for some of them
+CPU = dict(  # as in ddpm_mnist.py, with fewer training steps, since guidance makes up for them
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1),
     steps=1600,
     batch_size=32,
     lr=1.5e-3,
-    classifier_recipe=dict(steps=1200, batch_size=64, lr=1e-3),  # a minute: it is quick to learn
+    classifier_recipe=dict(steps=1200, batch_size=64, lr=1e-3),  # it learns in a minute
     T=1000,
     s=[0, 1, 2, 4, 8],
     samples=200,  # for each s
