@@ -1,24 +1,23 @@
 """DDPM in full: the network, the recipe and the bound of the paper. Read ddpm_cifar.py first.
 
-Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). New here are the
+Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). This script adds the
 paper's UNet with 35,746,307 parameters, Adam with a warm-up, the bound on -log p(x_0) in bits per
-dimension, the choice of the cosine schedule, training on several GPUs, and published weights.
-What the paper leaves open is as in its official code: the initial weights (Xavier), 32 groups in
-each GroupNorm, the warm-up of 5,000 training steps, and the clipping of gradients.
+dimension, the cosine schedule as an option, training on several GPUs, and published weights. Some
+details are from the official code, because the paper does not give them: initial weights (Xavier),
+32 groups in each GroupNorm, a warm-up of 5,000 training steps, and the clipping of gradients.
 
     python paper/ddpm_paper.py                        # train, then generate
     torchrun --nproc_per_node=4 paper/ddpm_paper.py   # train on 4 GPUs, which share each batch
     python paper/ddpm_paper.py --resume               # continue a run that was stopped
     python paper/ddpm_paper.py --pretrained --nll     # published weights (143 MB), and their bound
 
-Writes to runs/ddpm_paper/: samples.png, samples.npz, loss.png, model.pt, with --nll also nll.png;
-during the training checkpoint.pt and preview.png. Sections 5 and 7 are mostly those of
-ddpm_cifar.py. On two CPU cores, a small network shows the recipe at work in some 12 minutes. The
-paper's own training took 10.6 hours on a TPU v3-8, which is about as fast as 8 V100 GPUs.
+Writes the same files as ddpm_cifar.py, to runs/ddpm_paper/, and with --nll also nll.png. On two CPU
+cores, a small network shows the recipe at work in about 12 minutes. The paper's own training took
+10.6 hours on a TPU v3-8, which is about as fast as 8 V100 GPUs.
 
---pretrained loads the averaged weights (EMA) of the paper's own CIFAR-10 run, as converted for the
-official code of DDIM. Samples of these reach an FID of 3.2, samples of the raw weights 12.1.
-(The file google/ddpm-cifar10-32, which is well known, very likely holds the raw weights.)
+--pretrained loads the averaged weights (EMA) of the authors' CIFAR-10 run, which DDIM's official
+code uses as well. Their samples have an FID of 3.2; those of the raw weights have 12.1. The
+well-known file google/ddpm-cifar10-32 very likely holds the raw weights.
 """
 import argparse
 import copy
@@ -179,7 +178,7 @@ class Diffusion:
         """-log2 p(x_0) <= L_0 + ... + L_T (DDPM, Eq. 5), in bits per dimension: (T+1,).
 
         L_T compares x_T with pure noise, L_{t-1} compares step t of the sampler with the posterior,
-        and L_0 is what it costs to name the exact colours. x0: images of 256 levels in [-1, 1].
+        and L_0 is the cost of encoding the exact colours. x0: images of 256 levels in [-1, 1].
         """
         L = torch.zeros(self.T + 1, device=x0.device, dtype=x0.dtype)
         mean_T = at(self.alpha_bar, self.T).sqrt() * x0
@@ -193,8 +192,8 @@ class Diffusion:
                 x0_hat = x0_hat.clamp(-1, 1)
             mean, _ = self.q_posterior(x0_hat, xt, t)
             if t == 1:
-                # With beta_tilde_1 = 0, all colours but one would be impossible. The official code
-                # uses beta_tilde_2 instead.
+                # beta_tilde_1 = 0 would make all colours but one impossible. Like the official
+                # code, we use beta_tilde_2 instead.
                 sigma = at(self.beta_tilde, min(2, self.T)).sqrt()
                 L[0] = decoder_cost(x0, mean, sigma)
             else:
@@ -215,9 +214,9 @@ def gaussian_kl(mean1, variance1, mean2, variance2):
 
 
 def decoder_cost(x0, mean, sigma):
-    """-log2 of the probability that N(mean, sigma^2) gives x0's interval (DDPM, Eq. 13): a scalar.
+    """-log2 of the probability of x0's interval under N(mean, sigma^2) (DDPM, Eq. 13): a scalar.
 
-    Each of the 256 levels owns an interval of width 2/255. The outermost two are endless.
+    Each of the 256 levels has an interval of width 2/255. Those at the two ends extend to infinity.
     """
     below_upper_end = torch.special.ndtr((x0 + 1 / 255 - mean) / sigma).where(x0 < 0.999, 1.0)
     below_lower_end = torch.special.ndtr((x0 - 1 / 255 - mean) / sigma).where(x0 > -0.999, 0.0)
@@ -235,7 +234,7 @@ def time_embedding(t, d):
 
 
 def layer(module, gain=1.0):
-    """A convolution or a linear layer with the first weights of the official code: Xavier."""
+    """A convolution or linear layer with the official code's initial weights: Xavier, biases 0."""
     nn.init.xavier_uniform_(module.weight, gain)
     nn.init.zeros_(module.bias)
     return module
@@ -244,7 +243,7 @@ def layer(module, gain=1.0):
 def norm(c):
     """32 groups, as in the official code; fewer in small networks.
 
-    A group of one channel would lose that channel's mean.
+    If each channel were a group, its mean would be lost.
     """
     return nn.GroupNorm(min(32, c // 4), c, eps=1e-6)
 
@@ -255,7 +254,7 @@ class AttnBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm = norm(c)
-        self.qkv = layer(nn.Linear(c, 3 * c), math.sqrt(2))  # as of three layers of c x c
+        self.qkv = layer(nn.Linear(c, 3 * c), math.sqrt(2))  # as if q, k and v were three layers
         self.out = layer(nn.Linear(c, c), 1e-5)
 
     def forward(self, x):
@@ -289,7 +288,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H / 2, W / 2). time_emb is there so that it is called like a block."""
+    """(B, C, H, W) -> (B, C, H / 2, W / 2). It ignores time_emb, but is called like a block."""
 
     def __init__(self, c):
         super().__init__()
@@ -333,10 +332,10 @@ class UNet(nn.Module):
             nn.SiLU(),
         )
         self.first = layer(nn.Conv2d(channels, widths[0], 3, padding=1))
-        self.down = nn.ModuleList()  # both with the finest resolution first
+        self.down = nn.ModuleList()  # blocks by resolution, in both lists the finest first
         self.up = nn.ModuleList()
         c = widths[0]
-        skips = [c]  # the channels of what is kept for the way up
+        skips = [c]  # channels of the tensors that the way down keeps for the way up
         for i, width in enumerate(widths):
             level = nn.ModuleList()
             for _ in range(blocks):
@@ -353,7 +352,7 @@ class UNet(nn.Module):
         for i in reversed(range(len(widths))):
             level = nn.ModuleList()
             for _ in range(blocks + 1):
-                c_in = c + skips.pop()  # h, concatenated with what was kept
+                c_in = c + skips.pop()  # h, concatenated with the tensor kept last
                 c = widths[i]
                 level.append(ResnetBlock(c_in, c, d_time, dropout, i in attention))
             if i > 0:
@@ -388,7 +387,7 @@ def load_images(data, root, train=True):
     """Images (N, 3, 32, 32) uint8, and the name of the data set actually used.
 
     data: "cifar10", or "photos": crops of two photographs, without a download. root: CIFAR-10's
-    folder. train: the training images, or else the test images.
+    folder. train=False gives the test images.
     """
     if data == "cifar10":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
@@ -404,7 +403,7 @@ def load_images(data, root, train=True):
             )
     photos = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
     small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
-    if train:  # training and test crops have no pixel in common
+    if train:  # no training crop shares a pixel with a test crop
         small = small[..., :256]
     else:
         small = small[..., 256:]
@@ -445,9 +444,10 @@ def update_ema(ema, model, step):
 
 
 def seed_everything(*numbers):
-    """Seeds torch from several numbers, such as the run's seed and the training step.
+    """Seed torch with several numbers, for example the run's seed and the training step.
 
-    Their sum would not do: training step 5 of seed 0 would repeat training step 4 of seed 1.
+    Adding them up would not do, because training step 5 of seed 0 would use the same random numbers
+    as training step 4 of seed 1.
     """
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(mixed[0]))
@@ -456,8 +456,8 @@ def seed_everything(*numbers):
 def train_distributed(diffusion, model, images, args):
     """Algorithm 1 with the paper's recipe, by args.ranks processes. Returns the EMA and the losses.
 
-    Each rank has its share of every batch, with images, t and noise of its own, and all of them
-    make the same update. Checkpoints, and what they need, are as in ddpm_cifar.py.
+    Each rank (process) computes the gradient for its share of every batch, and all of them make the
+    same update with the averaged gradient. The rest is explained in ddpm_cifar.py.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -476,7 +476,7 @@ def train_distributed(diffusion, model, images, args):
         with tqdm(range(done, args.steps), "training", args.steps, initial=done, **options) as bar:
             for step in bar:
                 seed_everything(args.seed, step, args.rank)
-                warm_up = min(1, (step + 1) / args.warm_up)  # then the rate stays as it is
+                warm_up = min(1, (step + 1) / args.warm_up)  # the rate rises, then stays
                 optimizer.param_groups[0]["lr"] = args.lr * warm_up
                 share = args.batch_size // args.ranks
                 index = torch.randint(len(images), (share,), device=images.device)
@@ -509,11 +509,11 @@ def train_distributed(diffusion, model, images, args):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        if args.ranks > 1:  # torchrun gives its processes only seconds to end
+        if args.ranks > 1:  # torchrun kills its processes if they take long to end
             sys.exit("Stopped. --resume continues from the last checkpoint.")
         print(
             f"Stopped after {len(losses)} training steps. Sampling with what has been learned.\n"
-            f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
+            f"--resume continues from the last checkpoint, saved every {args.save_every} steps."
         )
     return ema, torch.stack(losses).cpu()
 
@@ -671,7 +671,7 @@ def parse_args(argv):
         args.ranks = int(os.environ["WORLD_SIZE"])
     args.checkpoint = None
     if args.resume:
-        args.given["ranks"] = args.ranks  # like a flag, it must not differ from that of the run
+        args.given["ranks"] = args.ranks  # compared with the run's, as a flag would be
         args.checkpoint = load_checkpoint(args.out / "checkpoint.pt")
         take_over_settings(parser, args)
     if args.ranks > 1:
@@ -680,7 +680,7 @@ def parse_args(argv):
 
 
 def prepare_rank(parser, args):
-    """With torchrun: checks that the ranks can share the work, and gives each its own GPU."""
+    """With torchrun, check that the ranks can share the work, and give each a GPU."""
     if args.load:
         parser.error("torchrun is for training: do not use it with --load or --pretrained")
     if args.batch_size % args.ranks:
@@ -696,7 +696,7 @@ def prepare_rank(parser, args):
 
 
 def take_over_settings(parser, args):
-    """For --resume: the settings that the run began with, changed by the flags in KEPT."""
+    """With --resume, use the settings that the run began with. Flags may change those in KEPT."""
     began_with = args.checkpoint["settings"]
     for name in FIXED:
         if args.given.get(name, began_with[name]) != began_with[name]:
@@ -724,7 +724,7 @@ def new_files(out):
 
 
 def save_checkpoint(model, ema, optimizer, losses, args):
-    """All that --resume needs, in args.out / checkpoint.pt. It is also a model.pt, for --load.
+    """Write all that --resume needs to checkpoint.pt in args.out. --load accepts that file, too.
 
     network, ema, settings: as in model.pt, with more settings
     model: the weights themselves, not their average
@@ -745,7 +745,7 @@ def save_checkpoint(model, ema, optimizer, losses, args):
 
 
 def load_checkpoint(path):
-    """The contents of a checkpoint.pt that this script has written."""
+    """The contents of a checkpoint.pt, which this script must have written."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         fits = checkpoint["settings"]["task"] == TASK and "optimizer" in checkpoint
@@ -767,7 +767,7 @@ def save_trained(ema, args, path):
 def load_trained(source):
     """A trained network, and facts about it. source: PUBLISHED, or a file.
 
-    The file may be a model.pt or a checkpoint.pt of this script, or one like that in PUBLISHED.
+    The file is a model.pt or checkpoint.pt of this script, or has the layout of PUBLISHED.
     """
     socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
     options = dict(map_location="cpu", weights_only=True)

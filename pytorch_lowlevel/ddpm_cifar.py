@@ -1,21 +1,21 @@
-"""DDPM on colour images: CIFAR-10, or a folder of your own. Read ddpm_mnist.py first.
+"""DDPM on colour images: CIFAR-10, or a folder of your own images. Read ddpm_mnist.py first.
 
 Denoising Diffusion Probabilistic Models (Ho et al. 2020, arXiv 2006.11239). Sections 1 to 3 are
-those of ddpm_mnist.py, word for word. New are random flips, attention at a second resolution (with
-a GPU), torch.compile, any folder of images as data, and --resume: a run that was stopped continues
-from its last checkpoint. On a CPU, it then gives the same bits as a run without a break. With a
-larger --steps, --resume extends a finished run; the learning rate then rises again.
+identical to those of ddpm_mnist.py. This script adds random flips, attention at a second resolution
+(with a GPU), torch.compile, your own images as data, and --resume, which continues a stopped run
+from its last checkpoint. On a CPU, the result has the same bits as that of a run without a break.
+With a larger --steps, --resume extends a finished run; the learning rate then rises again.
 
     python pytorch_lowlevel/ddpm_cifar.py                         # train, then generate
     python pytorch_lowlevel/ddpm_cifar.py --resume                # continue a run that was stopped
     python pytorch_lowlevel/ddpm_cifar.py --data FOLDER --no-flip  # your own images, not mirrored
     python pytorch_lowlevel/ddpm_cifar.py --load assets/ddpm_cifar.pt  # generate without training
 
-Writes to runs/ddpm_cifar/: samples.png, samples.npz, loss.png and model.pt; during the training
-checkpoint.pt and preview.png. Without CIFAR-10, the data are crops of two photographs.
+Writes to runs/ddpm_cifar/: samples.png, samples.npz, loss.png and model.pt, and during training
+checkpoint.pt and preview.png. If CIFAR-10 cannot be downloaded, it uses crops of two photographs.
 
-On two CPU cores the default run takes about ten minutes. Its network is small: it learns colours
-and textures, but hardly any objects. With a GPU, the lesson's network is trained for 100,000 steps.
+On two CPU cores the default run takes about ten minutes. Its small network learns colours and
+textures, but barely any objects. With a GPU, the lesson's network gets 100,000 training steps.
 """
 import argparse
 import copy
@@ -291,7 +291,7 @@ def load_images(data, root, train=True):
     """Images (N, 3, 32, 32) uint8, and the name of the data set actually used.
 
     data: "cifar10", or "photos": crops of two photographs, without a download. root: CIFAR-10's
-    folder. train: the training images, or else the test images.
+    folder. train=False gives the test images.
     """
     if data == "cifar10":
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
@@ -307,7 +307,7 @@ def load_images(data, root, train=True):
             )
     photos = torch.from_numpy(np.stack(load_sample_images().images))  # (2, 427, 640, 3)
     small = F.avg_pool2d(photos.permute(0, 3, 1, 2).float(), 2)  # (2, 3, 213, 320)
-    if train:  # training and test crops have no pixel in common
+    if train:  # no training crop shares a pixel with a test crop
         small = small[..., :256]
     else:
         small = small[..., 256:]
@@ -317,10 +317,10 @@ def load_images(data, root, train=True):
 
 
 def square_image(path):
-    """An image file as (3, 32, 32) uint8: its centre, cropped to a square and made smaller."""
+    """An image file as (3, 32, 32) uint8: cropped to the largest central square, then resized."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)  # as the camera was held
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would turn all above 255 white
+        image = ImageOps.exif_transpose(file)  # turned upright, as the camera was held
+    if image.mode.startswith("I"):  # 16 bits per pixel: convert() would make all above 255 white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
@@ -329,7 +329,7 @@ def square_image(path):
 
 
 def load_folder(folder):
-    """All images in a folder and in its subfolders, in alphabetical order: (N, 3, 32, 32) uint8."""
+    """The images in a folder and its subfolders, in alphabetical order: (N, 3, 32, 32) uint8."""
     if not Path(folder).is_dir():
         sys.exit(f"--data {folder}: there is no such folder (nor a data set of that name)")
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_FILES)
@@ -387,9 +387,10 @@ def update_ema(ema, model, step):
 
 
 def seed_everything(*numbers):
-    """Seeds torch from several numbers, such as the run's seed and the training step.
+    """Seed torch with several numbers, for example the run's seed and the training step.
 
-    Their sum would not do: training step 5 of seed 0 would repeat training step 4 of seed 1.
+    Adding them up would not do, because training step 5 of seed 0 would use the same random numbers
+    as training step 4 of seed 1.
     """
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     torch.manual_seed(int(mixed[0]))
@@ -398,9 +399,9 @@ def seed_everything(*numbers):
 def train_resumable(diffusion, model, images, args):
     """Algorithm 1, with checkpoints. Returns the EMA of the model, and the losses (steps,).
 
-    The random numbers of a training step depend on args.seed and on the number of that step, not on
-    what came before. So a run that continues from a checkpoint repeats the unbroken run exactly.
-    images: (N, 3, 32, 32) uint8, on the model's device. Ctrl-C stops early.
+    The random numbers of a training step depend only on args.seed and on the number of that step.
+    Therefore a run that continues from a checkpoint repeats the unbroken run exactly. Ctrl-C stops
+    early. images: (N, 3, 32, 32) uint8, on the model's device.
     """
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     # As in ddpm_mnist.py: the usual 0.999 is too slow for a run of a few thousand training steps.
@@ -449,7 +450,7 @@ def train_resumable(diffusion, model, images, args):
             sys.exit("Stopped before the first training step was complete.")
         print(
             f"Stopped after {len(losses)} training steps. Sampling with what has been learned.\n"
-            f"--resume continues from the last checkpoint (one every {args.save_every} of these)."
+            f"--resume continues from the last checkpoint, saved every {args.save_every} steps."
         )
     return ema, torch.stack(losses).cpu()
 
@@ -466,8 +467,8 @@ CPU = dict(
     data="cifar10",
     data_root="data",
     flip=True,
-    compile=False,  # compiling takes minutes, of a run of ten
-    save_every=500,  # training steps between two checkpoints: some 90 seconds
+    compile=False,  # compiling pays off in long runs only
+    save_every=500,  # training steps from one checkpoint to the next, which take 90 seconds
     preview_every=2000,  # a preview takes half a minute
     resume=False,
     seed=0,
@@ -580,7 +581,7 @@ def parse_args(argv):
 
 
 def take_over_settings(parser, args):
-    """For --resume: the settings that the run began with, changed by the flags in KEPT."""
+    """With --resume, use the settings that the run began with. Flags may change those in KEPT."""
     began_with = args.checkpoint["settings"]
     for name in FIXED:
         if args.given.get(name, began_with[name]) != began_with[name]:
@@ -616,7 +617,7 @@ def save_model(ema, args, data, path):
 
 
 def save_checkpoint(model, ema, optimizer, losses, args):
-    """All that --resume needs, in args.out / checkpoint.pt. It is also a model.pt, for --load.
+    """Write all that --resume needs to checkpoint.pt in args.out. --load accepts that file, too.
 
     network, ema, settings: as in model.pt, with more settings
     model: the weights themselves, not their average
@@ -637,7 +638,7 @@ def save_checkpoint(model, ema, optimizer, losses, args):
 
 
 def load_checkpoint(path):
-    """The contents of a checkpoint.pt that this script has written."""
+    """The contents of a checkpoint.pt, which this script must have written."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         fits = checkpoint["settings"]["task"] == TASK and "optimizer" in checkpoint
