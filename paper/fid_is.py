@@ -191,8 +191,8 @@ def distance_by_number(features, against, draws=10):
     return curve
 
 
-def nearest(queries, images, k=3):
-    """Euclidean distances (N, k) and indices (N, k) of the k images nearest to each query.
+def nearest(queries, images):
+    """Euclidean distances (N, 3) and indices (N, 3) of the three images nearest to each query.
 
     queries: (N, D), images: (M, D). Computed for 500 queries at a time, or memory would grow.
     """
@@ -201,7 +201,7 @@ def nearest(queries, images, k=3):
     indices = []
     for part in tqdm(queries.split(500), "nearest images", leave=False):
         part = part.float()
-        index = torch.cdist(part, images).topk(k, largest=False).indices  # fast, but rounded
+        index = torch.cdist(part, images).topk(3, largest=False).indices  # fast, but rounded
         exact, order = torch.cdist(part[:, None], images[index])[:, 0].sort()  # 0 for a copy
         distances.append(exact)
         indices.append(index.gather(1, order))
@@ -218,10 +218,10 @@ def whole_image(path):
 
 
 def square_image(path):
-    """An image file as (3, 32, 32) uint8: its centre, cropped to a square and made smaller."""
+    """An image file as (3, 32, 32) uint8: cropped to the largest central square, then resized."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)  # as the camera was held
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert() would turn all above 255 white
+        image = ImageOps.exif_transpose(file)  # turned upright, as the camera was held
+    if image.mode.startswith("I"):  # 16 bits per pixel: convert() would make all above 255 white
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
@@ -293,8 +293,8 @@ def load_real(name, root, read_image=whole_image):
     with, images to compare samples with, and images for the floor. read_image: for a folder.
     """
     torch.manual_seed(0)  # the same parts in every run, whatever --seed is
+    socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
     if name in ("mnist", "cifar10"):
-        socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         dataset = MNIST if name == "mnist" else CIFAR10
         try:
             parts = [dataset(root, train, download=True) for train in (True, False)]
@@ -421,7 +421,6 @@ def inception(weights, device):
 
     weights: a file of them, or None: they are downloaded.
     """
-    socket.setdefaulttimeout(10)  # seconds
     try:
         if weights:
             # torch-fidelity would run any code that the file holds; weights_only does not.
@@ -551,19 +550,19 @@ def nearest_table(space, vectors, sets, real, n_training, n_floor):
     floor, _ = nearest(points[-n_floor:][:2000], training)
     if n_training == len(real):
         floor = floor[:, 1:]  # the nearest image of each is itself
-    limit = floor[:, 0].quantile(0.01)
+    limits = floor[:, 0].quantile(torch.tensor([0.01, 0.1, 0.5]))
     rows = [(name, *nearest(vectors(images), training)) for name, images, _ in sets]
     lines = [
-        f"Distance to the nearest of {n_training:,} training images, by {space}."
-        f" Near: at most {limit:.4g}, like 1% of real images.",
-        "samples   median     near",
+        f"Distance by {space} to the nearest of {n_training:,} training images, and the share of"
+        " images that are as near as the nearest 1%, 10%, 50% of real images",
+        "samples   median      1%     10%     50%",
     ]
     for name, distances, _ in [*rows, ("real images", floor, None)]:
-        distances = distances[:, 0]
-        share = (distances <= limit).double().mean()
-        lines.append(f"{len(distances):7,} {distances.median():8.4g} {share:8.1%}  {name}")
-    _, *neighbours = rows[0]
-    return lines, neighbours
+        line = f"{len(distances):7,} {distances[:, 0].median():8.4g}"
+        for share in (distances[:, :1] <= limits).double().mean(0):
+            line += f" {share:7.1%}"
+        lines.append(f"{line}  {name}")
+    return lines, rows[0][1:]
 
 
 def plot_known(sets, titles, path):
@@ -578,7 +577,7 @@ def plot_known(sets, titles, path):
 
 def plot_distance(rows, against, distance, path):
     """The distance over the number of samples, a curve for each row."""
-    axes = Figure(figsize=(9, 4), layout="constrained").subplots()
+    axes = Figure(figsize=(10, 4), layout="constrained").subplots()
     for name, _, features in rows:
         curve = distance_by_number(features, against)
         means, stds = zip(*curve.values(), strict=True)
@@ -587,19 +586,19 @@ def plot_distance(rows, against, distance, path):
     axes.set(ylabel=f"{distance}, mean of 10 draws", yscale="log")
     axes.minorticks_off()
     axes.set_xticks(list(curve), list(curve))
-    axes.figure.legend(loc="outside right upper", fontsize=8)
+    axes.figure.legend(loc="outside right upper")
     axes.figure.savefig(path)
 
 
 def plot_tradeoff(rows, path):
     """Accuracy over diversity, a point for each row that has them."""
-    axes = Figure(figsize=(9, 4), layout="constrained").subplots()
+    axes = Figure(figsize=(10, 4), layout="constrained").subplots()
     for name, scores, _ in rows:
         if "accuracy" in scores:
             marker = "k*" if name == "real images" else "o"
             axes.plot(scores["diversity"], scores["accuracy"], marker, label=name)
     axes.set(xlabel="diversity: variance within a class", ylabel="accuracy", ylim=(0, 1.05))
-    axes.figure.legend(loc="outside right upper", fontsize=8)
+    axes.figure.legend(loc="outside right upper")
     axes.figure.savefig(path)
 
 
