@@ -344,17 +344,18 @@ def nearest_sets():
     return torch.cat([training, held_out])[:, None]
 
 
-def test_the_share_of_samples_that_are_nearer_than_real_images():
-    """The limit is the first percentile of the held-out images' distances, 1 ... 4.9."""
+def test_the_share_of_samples_that_are_as_near_as_real_images():
+    """Three limits: quantiles of the held-out images' distances, 50 numbers from 1 to 4.9."""
     real = nearest_sets()
-    sets = [("copies", real[:10], None), ("half", torch.tensor([[0.5], [3.0], [4], [10]]), None)]
+    some = torch.tensor([[0.5], [1.2], [2], [10]])  # 0.5, 1.2, 2 and 0 from the nearest
+    sets = [("copies", real[:10], None), ("some", some, None)]
     lines, (distances, indices) = script.nearest_table("size", lambda x: x, sets, real, 200, 50)
-    assert "nearest of 200 training images, by size" in lines[0]
-    assert "at most 1.039" in lines[0]  # numpy.quantile(numpy.linspace(1, 4.9, 50), 0.01)
-    assert [line.split() for line in lines[2:]] == [
-        ["10", "0", "100.0%", "copies"],
-        ["4", "0.5", "50.0%", "half"],
-        ["50", "2.91", "2.0%", "real", "images"],
+    assert lines[0].startswith("Distance by size to the nearest of 200 training images")
+    assert lines[1].split() == ["samples", "median", "1%", "10%", "50%"]
+    assert [line.split() for line in lines[2:]] == [  # the limits are 1.039, 1.39 and 2.95
+        ["10", "0", "100.0%", "100.0%", "100.0%", "copies"],
+        ["4", "0.5", "50.0%", "75.0%", "100.0%", "some"],
+        ["50", "2.91", "2.0%", "10.0%", "50.0%", "real", "images"],
     ]
     assert (distances[:, 0] == 0).all() and indices[:, 0].tolist() == list(range(10))
 
@@ -362,12 +363,12 @@ def test_the_share_of_samples_that_are_nearer_than_real_images():
 def test_real_images_that_a_network_was_trained_with_are_compared_with_the_others():
     """Of a folder all images are training images. Each but for itself has a neighbour at 10."""
     real = 10.0 * torch.arange(40)[:, None]
-    sets = [("copy", real[:2], None), ("far", real[:2] + 5, None)]
+    sets = [("copy", real[:2], None), ("far", real[:1] - 11, None)]
     lines, _ = script.nearest_table("size", lambda x: x, sets, real, 40, 10)
-    assert "nearest of 40" in lines[0] and "at most 10," in lines[0]
+    assert "nearest of 40 training images" in lines[0]
     assert [line.split()[1:3] for line in lines[2:]] == [
         ["0", "100.0%"],
-        ["5", "100.0%"],
+        ["11", "0.0%"],
         ["10", "100.0%"],
     ]
 
@@ -1076,12 +1077,13 @@ def test_copies_of_training_images_are_found(figures, tmp_path, capsys):
     text = (tmp_path / "out" / "scores.txt").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     for space in ("pixels", "features"):
-        _, _, after = text.partition(f"nearest of 100 training images, by {space}.")
+        _, _, after = text.partition(f"by {space} to the nearest of 100 training images")
         _, _, copies, real = after.splitlines()[:4]
-        assert copies.split()[:3] == ["64", "0", "100.0%"] and copies.endswith("copies.npz")
-        assert real.split()[0] == "40" and real.endswith("real images")
-    # The test images of write_mnist are 101 ... 140 levels above the lightest training image.
-    assert "at most 2839," in text  # numpy.quantile(28 * numpy.arange(101, 141), 0.01)
+        assert copies.split()[:5] == ["64", "0", "100.0%", "100.0%", "100.0%"]
+        assert copies.endswith("copies.npz") and real.endswith("real images")
+        assert [real.split()[i] for i in (0, 2, 3, 4)] == ["40", "2.5%", "10.0%", "50.0%"]
+        if space == "pixels":  # levels 200 ... 239, of which the nearest training image has 99
+            assert real.split()[1] == f"{28 * 120}"
     for axes in figures["nearest.png"].axes:
         shown = cells(axes, 4, 16, 28)
         assert torch.equal(shown[0], shown[1])
@@ -1094,7 +1096,7 @@ def test_copies_from_a_folder_of_ones_own_images(figures, tmp_path):
     flags = ["--reference", str(tmp_path / "own"), "--nearest", "--out", str(tmp_path / "out")]
     script.main([str(tmp_path / "samples.npz"), *flags])
     lines = (tmp_path / "out" / "scores.txt").read_text(encoding="utf-8").splitlines()
-    assert "nearest of 20 training images, by pixels" in lines[0] and len(lines) == 4
+    assert "by pixels to the nearest of 20 training images" in lines[0] and len(lines) == 4
     assert lines[2].split()[2] == "75.0%" and lines[3].split()[0] == "5"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"nearest.png", "scores.txt"}
     assert len(figures["nearest.png"].axes) == 1
