@@ -14,6 +14,9 @@ from conftest import ROOT
 
 EXERCISES = sorted((ROOT / "exercises").glob("0*.md"))
 SECTIONS = ["Goal", "Predict", "Build", "Generate and plot", "Break it", "Explain", "Look back"]
+OTHER_SECTIONS = {  # an exercise in which nothing is built
+    "08_find_the_fault": ["Goal", "Cases 1 to 5: points", "Cases 6 to 10: digits", "Look back"],
+}
 OLD_SECTIONS = ["Goal", "Predict", "Build", "Draw", "Break it", "Explain"]
 
 # What takes long in an exercise, and what the tests take in its place: {exercise: {text: text}}.
@@ -24,15 +27,30 @@ SHORTER = {
     },
     "02_sampling_steps": {"(5, 10, 20, 50)": "(5, 10)", "linspace(0, 1, 12)": "linspace(0, 1, 2)", "N = 200": "N = 2"},
     "03_guidance_scale": {
-        **{"w, 30)": "w, 2)", "-2, 30)": "-2, 2)", "draw(y, w, 20)": "draw(y, w, 1)", "28, 28), 30)": "28, 28), 2)"},
-        **{"arange(100)": "arange(10)", "10), 600": "10), 3", '"mnist", "data"': '"digits", None'},
+        "generate(y, w, 30) for w in [0, 1, 2, 4, 8]": "generate(y, w, 1) for w in [2]",
+        "y = torch.arange(100) % 10": "y = torch.arange(10)",
+        "for w in [0, 1, 2, 4, 8]:": "for w in [2]:",
+        "generate(y, w, 20)": "generate(y, w, 1)",
+        "\"mnist\", \"data\"": "\"mnist5k\", None",
+        "steps = 600": "steps = 3",
+        "for s in [0, 1, 4, 16]:": "for s in [4]:",
+        "(30, 1, 28, 28), 30)": "(30, 1, 28, 28), 2)",
+        "generate(y, 2, 30)": "generate(y, 2, 1)",
+        "generate(y, -2, 30)": "generate(y, -2, 1)",
+        "generate(y, 8, 30),": "generate(y, 8, 1),",
+        "generate(y, 8, 30, clip": "generate(y, 8, 1, clip",
     },
     "04_fid": {
-        **{'"mnist", "data"': '"digits", None', "pt\"), 1000": "pt\"), 20", "range(60)": "range(2)"},
-        "(50, 100, 200, 500, 1000, 2000, 5000)": "(50, 100)",
+        "\"mnist\", \"data\"": "\"mnist5k\", None",
+        "steps = 1000": "steps = 20",
+        "other[:500]": "other[:50]",
+        "other, y, 500)": "other, y, 50)",
+        "n for n in [50, 100, 200, 500, 1000, 2000]": "n for n in [50, 100]",
+        "draws=50)": "draws=2)",
+        "range(60)": "range(2)",
     },
     "05_elbo": {
-        "[:48]": "[:2]",
+        "[:48]": "[:27]",
         "*range(11), *torch.logspace(1, 3, 40)": "*torch.logspace(0, 3, 4)",
         "range(T, 0, -1)": "range(2, 0, -1)",
     },
@@ -42,7 +60,8 @@ SHORTER = {
         "[1000, 600, 300, 100, 0]].flatten": "[5, 3, 2, 1, 0]].flatten",
         "digits, 300, 1e-3": "digits, 3, 1e-3",
     },
-    "06_unet": {"(script[\"linear_beta\"]())": "(script[\"linear_beta\"](3))"},
+    "06_unet": {"28, 28), 50)": "28, 28), 2)", "images[::20]": "images[::500]"},
+    "07_what_to_predict": {"seed, steps = 0, 6000": "seed, steps = 0, 10", "(1, 4, 20, 100)": "(1, 4)"},
 }
 
 # Wrong solutions that the check must refuse: {exercise: {function: [(right, wrong), ...]}}.
@@ -114,75 +133,153 @@ MISTAKES = {
     },
     "03_guidance_scale": {
         "drop_labels": [
-            *[("torch.rand(len(y))", "torch.rand(1)"), ("< probability", "> probability")],
-            *[("torch.where(torch.rand(len(y)) < probability, -1, y)", "y.masked_fill_(torch.rand(len(y)) < 0.1, -1)")],
+            ("torch.rand(len(y))", "torch.rand(1)", "all together"),
+            ("< probability", "> probability", "kept are dropped"),
+            ("torch.where(dropped, -1, y)", "y.masked_fill_(dropped, -1)", "not be changed"),
+            ("torch.rand(len(y))", "torch.randn(len(y))", "randn"),
+            ("torch.where(dropped, -1, y)", "y[~dropped]", "shape"),
+            ("torch.where(dropped, -1, y)", "torch.where(dropped, -1.0, y.float())", "int64"),
+            ("torch.where(dropped, -1, y)", "torch.where(dropped, 0, y)", "become -1"),
+            ("torch.where(dropped, -1, y)", "torch.where(dropped, 10, y)", "become -1"),
+            ("< probability", "< 0.1", "probability 1"),
         ],
         "guided_eps": [
-            *[("eps_null + w * (eps_y - eps_null)", "eps_y + w * (eps_null - eps_y)"), ("eps_null + w", "eps_y + w")],
-            ("torch.full_like(y, -1)", "y.fill_(-1)"),
+            ("eps_none + w * (eps_y - eps_none)", "eps_y + w * (eps_none - eps_y)", "swapped"),
+            ("eps_none + w", "eps_y + w", "start from eps without"),
+            ("torch.full_like(y, -1)", "y.fill_(-1)", "not be changed"),
+            ("eps_none + w * (eps_y - eps_none)", "w * eps_y", "w times"),
+            ("eps_none + w * (eps_y - eps_none)", "eps_none + w * (eps_y + eps_none)", "added"),
+            ("torch.full_like(y, -1)", "-1", "y"),
+            ("torch.full_like(y, -1)", "torch.zeros_like(y)", "-1 for every image"),
+            ("(xt, t, y)\n", "(xt, t)\n", "stopped"),
+            ("model(xt, t, none)", "model(2 * xt + 1, t, none)", "xt itself"),
         ],
         "classifier_eps": [
-            *[("eps_hat - s", "eps_hat + s"), ("(1 - alpha_bar_t).sqrt() * ", ""), (".log_softmax(1)", "")],
-            *[("(1 - alpha_bar_t).sqrt()", "(1 - alpha_bar_t)"), ("torch.enable_grad()", "torch.no_grad()")],
+            ("eps_hat - s", "eps_hat + s", "sign"),
+            ("(1 - alpha_bar_t).sqrt() * ", "", "multiply by the root"),
+            ("(1 - alpha_bar_t).sqrt()", "(1 - alpha_bar_t)", "not by itself"),
+            ("(1 - alpha_bar_t).sqrt()", "alpha_bar_t.sqrt()", "root of alpha_bar_t"),
+            (".log_softmax(1)", "", "proportional"),
+            (".log_softmax(1)", ".softmax(1)", "proportional"),
+            (".sum()", ".mean()", "mean over the batch"),
+            ("torch.enable_grad()", "torch.no_grad()", "enable_grad"),
+            ("y[:, None]", "y[:, None].flip(0)", "proportional"),
         ],
     },
     "04_fid": {
         "inception_score": [
-            *[("special.xlogy(p, p)", "mul(p, p.log())"), (".sum(1).mean()", ".mean()"), (".exp().item()", ".item()")],
-            ("- mean_entropy)", "+ mean_entropy)"),
+            ("torch.special.xlogy(p, p)", "torch.mul(p, p.log())", "NaN"),
+            (".sum(1).mean()", ".mean()", "sum over classes"),
+            (".exp().item()", ".item()", "exp is missing"),
+            ("- mean_entropy)", "+ mean_entropy)", "not plus"),
+            (".item()", "", "float"),
+            ("(entropy - mean_entropy)", "(mean_entropy - entropy)", "sign"),
+            ("(entropy - mean_entropy)", "entropy", "alone"),
+            ("    p_y", "    p /= p.sum(1, keepdim=True) * 1.0001\n    p_y", "not be changed"),
         ],
         "fid": [
-            *[("- 2 * overlap", "- overlap"), (".square().sum()\n", ".abs().sum()\n")],
-            ("svdvals(roots[0] @ roots[1]).sum()", "eigvals(S1 @ S2).real.sqrt().sum()"),
-            ("features1.T.cov(), features2.T.cov()", "features1.var(0).diag(), features2.var(0).diag()"),
-            ("svdvals(roots[0] @ roots[1]).sum()", "eigvalsh(roots[0] @ roots[1]).sum()"),
+            ("- 2 * overlap", "- overlap", "counts twice"),
+            (".square().sum()\n", ".abs().sum()\n", "square the differences"),
+            (" - 2 * overlap).item()", " - 2 * overlap).sqrt().item()", "without a root"),
+            (".square().sum()\n", ".square().mean()\n", "their mean"),
+            (".item()", "", "float"),
+            ("means + S1", "S1", "means are missing"),
+            (".clamp(min=0)", "", "NaN"),
+            ("return (means +", "features1 -= 1\n    return (means +", "not be changed"),
         ],
-        "fid_of": [
-            ("randperm(len(features))[:n]", "randint(len(features), (n,))"),
-            ("randperm(len(features))[:n]", "arange(n)"),
-            *[("found.mean().item(), found.std().item()", "found.mean().item()"), ("found.std()", "found.var()")],
+        "kid": [
+            ("k.sum() - k.diagonal().sum()", "k.sum()", "diagonals"),
+            ("(N * (N - 1))", "N**2", "N^2"),
+            (" / D", "", "divide by D"),
+            (" + 1)", ")", "add 1"),
+            ("** 3", "** 2", "third power"),
+            ("- 2 * between", "- between", "counts twice"),
+            ("- 2 * between", "+ 2 * between", "subtracted"),
+            (" - 2 * between).item()", " - 2 * between)", "float"),
+            ("    between", "    features1 += 1\n    between", "not be changed"),
+        ],
+        "over_draws": [
+            ("torch.randperm(len(features))", "torch.arange(len(features))", "other rows"),
+            ("scores.mean().item(), scores.std().item()", "scores.mean().item()", "two numbers"),
+            ("scores.std()", "scores.var()", "variance"),
+            ("scores.mean().item(), scores.std().item()", "scores.mean(), scores.std()", "floats"),
+            ("range(draws)", "range(10)", "6 draws"),
+            ("draws=10", "draws=20", "10 draws"),
+            ("[order[:n]], reference", "[order[:n]], reference[:n]", "whole"),
+            ("order[:n]", "order[: n + 1]", "n = 12 rows"),
+            ("[order[:n]]", "[:n]", "other rows"),
         ],
     },
     "05_elbo": {
         "q_posterior": [
-            ("at(alpha_bar, t - 1)", "at(alpha_bar, t)"),
-            ("before.sqrt() * at(beta, t)", "before * at(beta, t)"),
-            ("at(alpha, t).sqrt()", "at(alpha, t)"),
-            ("return mean, variance", "return mean, variance.sqrt()"),
-            ("return mean, variance", "return mean"),
+            ("1 - at(alpha_bar, t - 1)", "1 - at(alpha_bar, t)", "t used for t - 1"),
+            ("at(alpha_bar, t - 1).sqrt()", "at(alpha_bar, t - 1)", "Bayes' rule"),
+            ("at(alpha, t).sqrt()", "at(alpha, t)", "Bayes' rule"),
+            ("variance = at(beta, t)", "variance = at(beta, t).sqrt()", "Bayes' rule"),
+            ("* xt, variance", "* xt, variance.sqrt()", "standard deviation"),
+            ("* xt, variance", "* xt", "two things"),
+            ("* x0 + xt_weight * xt", "* xt + xt_weight * x0", "swapped"),
+            ("before = 1 - at(alpha_bar, t - 1)", "before = 1 - alpha_bar[t - 1]", "at(beta, t) can"),
+            ("return x0_weight * x0", "x0 *= x0_weight\n    return x0"),
         ],
         "chain_log_q": [
-            (" + last.sum()", ""),
-            ("x[1:T]", "x[2:]"),
-            ("(x[1:T], mean, variance)", "(x[:T], *q_posterior(x[:1], x[1:], torch.arange(1, T + 1)))"),
-            ("x[2:], torch.arange(2, T + 1)", "x[2:], torch.arange(1, T)"),
+            (" + last.sum()", "", "log q(x_T | x_0) is missing"),
+            ("x[1:T]", "x[2:]", "forward the sum is"),
+            ("x[:1], x[2:], t)", "x[:1], x[2:], t - 1)", "t = 1"),
+            (  # the sum that it is to avoid
+                "    mean, variance = q_posterior(x[:1], x[2:], t)",
+                "    t = torch.arange(1, T + 1)\n"
+                "    return log_normal(x[1:], at(alpha, t).sqrt() * x[:-1], at(beta, t)).sum()",
+                "never calls q_posterior",
+            ),
         ],
         "gaussian_kl": [
-            ("variance1 / variance2", "variance2 / variance1"),
-            ("0.5 * (", "("),
-            ("ratio - 1 -", "ratio -"),
-            ("** 2 / variance2", "** 2 / variance1"),
+            ("variance1 / variance2", "variance2 / variance1", "an integral gives"),
+            ("0.5 * (", "(", "factor 1/2"),
+            ("0.5 * (", "0.5 / math.log(2) * (", "nats"),
+            ("ratio - 1 -", "ratio -", "from itself"),
+            ("** 2 / variance2", "** 2 / variance1", "an integral gives"),
+            ("- ratio.log())", "- ratio.log()).mean()", "one number for each pair"),
         ],
         "loss_weight": [
             ("at(beta, t) ** 2", "at(beta, t)"),
             ("at(alpha, t)", "at(alpha_bar, t)"),
-            ("(2 * ", "("),
-            ("sigma2(t, variance)", 'sigma2(t, "beta")'),
+            ("(2 * ", "(1 * ", "2, 2, 2 times"),
+            ("sigma2(t, variance)", 'sigma2(t, "beta")', "the variance is ignored"),
+            ("at(beta, t) ** 2", "beta[t] ** 2", "(B, 1, 1, 1)"),
+        ],
+        "noisy_estimate": [
+            (".clamp(-1, 1)", "", "clipped"),
+            (".clamp(-1, 1)", ".clamp(max=1)", "at both ends"),
+            (".clamp(-1, 1)", ".clamp(0, 1)", "at both ends"),
+            ("randn_like(x0)", "randn_like(x0[:1])", "its own eps"),
+            ("randn_like(x0)", "randn(2, 1, 1, 1).double()", "its own eps"),
+            ("torch.full((len(x0),), t)", "t", "as a tensor"),
+            ("torch.full((len(x0),), t)", "torch.full((len(x0),), t - 1)", "here (1000, 1000)"),
+            ("- noise * eps_hat", "- noise * eps", "x_0 itself"),
+            ("    eps = ", "    torch.manual_seed(0)\n    eps = ", "new noise"),
+        ],
+        "step_term": [
+            ("model, x0, t)\n", "model, x0, t - 1)\n", "about t = 2, not 1"),
+            (" / math.log(2)", "", "nats"),
+            (".mean((1, 2, 3))", ".sum((1, 2, 3))", "sum over the pixels"),
+            ("q_posterior(x0_hat, xt, t)", "q_posterior(x0, xt, t)", "on the network"),
+            ("sigma2(t, variance)", 'sigma2(t, "beta")', "the variance is ignored"),
+            (  # the fault of break-it task 2
+                "(mean, beta_tilde, mean_hat, sigma2(t, variance))",
+                "(mean_hat, sigma2(t, variance), mean, beta_tilde)",
+                "KL(p || q)",
+            ),
         ],
         "bound_term": [
-            ("t, one = k + 1,", "t, one = max(k, 1),"),
-            (".clamp(-1, 1)", ""),
-            (" / math.log(2)", ""),
-            (".mean((1, 2, 3))", ".sum((1, 2, 3))"),
-            ('sigma2(2, "beta_tilde").sqrt()', "beta[1].sqrt()"),
-            ('sigma2(2, "beta_tilde").sqrt()', 'sigma2(1, "beta_tilde").sqrt()'),
-            ("q_posterior(x0_hat, xt, t)", "q_posterior(x0, xt, t)"),
-            (  # break-it task 2: the KL the wrong way round
-                "*q_posterior(x0, xt, t), mean, sigma2(t, variance)",
-                "mean, sigma2(t, variance), *q_posterior(x0, xt, t)",
-            ),
-            ("1 - alpha_bar[T]", "alpha_bar[T]"),
-            ("xt = signal * x0", "xt = signal**2 * x0"),
+            ("k + 1, variance", "k, variance", "about t = 2, not 1"),
+            ("k + 1, variance", "k + 1", "the variance is ignored"),
+            (" / math.log(2)", "", "which unit"),
+            ("k == T:", "k == T:\n        return step_term(model, x0, T)\n    if k == T:", "not ask"),
+            ("1 - alpha_bar[T], zero, one", "one, zero, 1 - alpha_bar[T]", "KL(p || q)"),
+            ('sigma2(2, "beta_tilde").sqrt()', "beta[1].sqrt()", "beta_tilde_2"),
+            ('sigma2(2, "beta_tilde").sqrt()', 'sigma2(1, "beta_tilde").sqrt()', "L_0"),
+            ("decoder_cost(x0, mean,", "decoder_cost(x0, x1,", "not depend on the network"),
         ],
     },
     "00_ddpm": {
@@ -290,26 +387,98 @@ MISTAKES = {
         ],
     },
     "06_unet": {
-        "time_embedding": [("(d // 2 - 1)", "(d // 2)"), ("10_000 **", "1000 **"), ("[angle.sin(), angle.cos()]",
-                           "[angle.cos(), angle.sin()]"), ("dim=1)", "dim=1)[:, :-2]"), ("dim=1)", "dim=1).long()"),
-                           ("torch.cat([angle.sin(), angle.cos()], dim=1)",
-                            "torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)"),
-                           ("10_000 ** (-k / (d // 2 - 1))", "torch.linspace(1, 1e-4, d // 2)")],
-        "ResBlock": [("h = h + self.time(e)[:, :, None, None]", ""), ("self.skip(x) + h", "h"), ("(x) + h", "(x)"),
-                     ("F.silu(self.norm1(x))", "self.norm1(F.silu(x))"), ("F.silu(self.norm1(x))", "F.silu(x)"),
-                     ("F.silu(self.norm2(h))", "self.norm2(h)"), ("self.skip(x)", "x"), ("c_in // 16", "c_in // 32"),
-                     ("self.time(e)[:, :, None, None]", "self.time(e)[:, :, None]"), ("self.skip = nn.Identity() if "
-                      "c_in == c_out else", "self.skip ="), ("(c_in, c_out, 3, padding=1)", "(c_in, c_out, 3)")],
-        "Attention": [("dim=2)\n        return", "dim=1)\n        return"), (" / q.shape[2] ** 0.5", ""),
-                      ("q, k, v =", "k, v, q ="), ("return x +", "return"), ("self.norm(x)", "x"),
-                      (".transpose(1, 2).reshape", ".reshape"), ("flatten(2).transpose(1, 2)",
-                       "reshape(len(x), -1, 128)"), (".softmax(dim=2)", "")],
-        "UNet": [("skips.pop()", "torch.zeros_like(skips.pop())"), ("e = self.time(time_embedding(t, 32))",
-                 "e = 0 * self.time(time_embedding(t, 32))"), ("        h = self.middle[1](h)\n", ""), ("skips.pop()",
-                 "skips.pop(0)"), ("[upsample(h), skips.pop()]", "[skips.pop(), upsample(h)]"), ("(2 * c, c, 128)",
-                 "(c, c, 128)"), ("(1, 32, 3, padding=1)", "(1, 32, 3)"), ("return self.last(h)", "return h"),
-                 (", nn.SiLU())\n        self.first", ")\n        self.first"), ("skips.append(h)", "pass")],
+        "time_embedding": [
+            ("(d // 2 - 1)", "(d // 2)", "last frequency"),
+            ("(d // 2 - 1)", "15", "for d = 8"),
+            ("10_000 ** (-k / (d // 2 - 1))", "torch.linspace(1, 1e-4, d // 2)", "same factor"),
+            ("[angle.sin(), angle.cos()]", "[angle.cos(), angle.sin()]", "sines"),
+            ("dim=1)", "dim=1).double()", "float32"),
+            ("t[:, None] * frequency", "t[:, None] / 1000 * frequency", "first frequency"),
+            ("    angle = ", "    t -= 1\n    angle = ", "in place"),
+        ],
+        "ResBlock": [
+            ("h = h + self.time(e)[:, :, None, None]", "", "does not use time"),
+            ("self.skip(x) + h", "h", "does not use skip"),
+            ("self.skip(x) + h", "self.skip(x) + h.detach()", "no_grad, detach"),
+            ("self.norm1(x))", "x)", "does not use norm1"),
+            ("F.silu(self.norm2(h))", "self.norm2(h)", "conv2 differs, and all that"),
+            ("GroupNorm(c_in // 16, c_in)", "GroupNorm(16, c_in)", "norm1 gets the right input"),
+            ("self.time(e)", "self.time(F.silu(e))", "what goes into time"),
+            ("[:, :, None, None]", "[:, :, None]", "stops"),
+            ("(c_in, c_out, 3, padding=1)", "(c_in, c_out, 3)", "padding"),
+            ("nn.Linear(d_time, c_out)", "nn.Linear(128, c_out)", "time.weight of your ResBlock"),
+        ],
+        "Attention": [
+            (".softmax(dim=2)", ".softmax(dim=1)", "add up to 1 over j"),
+            (" / q.shape[2] ** 0.5", "", "sqrt(C)"),
+            ("q.shape[2] ** 0.5", "128**0.5", "should be C"),
+            ("q, k, v =", "q, v, k =", "k and v swapped"),
+            ("self.norm(x)", "x", "does not use norm"),
+            ("return x +", "return", "added at the end"),
+            (".transpose(1, 2).reshape", ".reshape", "pixel and channel"),
+        ],
+        "Encoder": [
+            ("time_embedding(t, 32)", "time_embedding(t - 1, 32)", "what goes into time.0"),
+            ("skips.append(h)", "skips.insert(0, h)", "wrong order"),
+            ("stride=2, padding=1", "stride=2", "down.0.1 gets the right input"),
+            ("return h, skips, e", "return h, skips", "three things"),
+            ("h = block(h, e)", "h = block(h, 0 * e)", "what goes into down.0.0.time"),
+            ("skips.append(h)", "skips.append(h.detach())", "cannot be trained"),
+        ],
+        "Decoder": [
+            ("skips.pop()", "torch.zeros_like(skips.pop())", "the second is not"),
+            ("skips.pop()", "skips.pop(0)", "has its turn"),
+            ("[h, skips.pop()]", "[skips.pop(), h]", "wrong order"),
+            ("GroupNorm(2, 32)", "GroupNorm(16, 32)", "last.0 gets the right input"),
+            ("return self.last(h)", "return h", "does not use last.0"),
+        ],
+        "UNet": [
+            ("        h = self.middle[1](h)\n", "", "does not use middle.1.norm"),
+            ("self.encoder(xt, t)", "self.encoder(xt / 2, t)", "encoder.first"),
+            ("return self.decoder(h, skips, e)", "return xt - self.decoder(h, skips, e)", "returns"),
+            ("return self", "with torch.no_grad():\n            return self", "cannot be trained"),
+        ],
     },
+    "07_what_to_predict": {
+        "to_v": [
+            ("signal * eps - noise * x0", "noise * x0 - signal * eps", "wrong sign"),
+            ("signal * eps - noise * x0", "signal * x0 + noise * eps", "x_t itself"),
+            ("at(alpha_bar, t, x0).sqrt()", "at(alpha_bar, t, x0)", "not the derivative"),
+            ("at(alpha_bar, t, x0).sqrt()", "alpha_bar[t].sqrt()", "at(alpha_bar, t, xt)"),
+        ],
+        "to_x0_and_eps": [
+            ("signal * xt - noise * prediction", "signal * xt + noise * prediction", "x0_hat"),
+            ("noise * xt + signal * prediction", "noise * xt - signal * prediction", "eps_hat"),
+            ("(xt - noise * prediction) / signal", "(xt - prediction) / signal", "x0_hat"),
+            ("/ signal, prediction", "/ signal, prediction.clamp(-1, 1)", "eps_hat"),
+            ("return prediction, (xt - signal * prediction) / noise",
+             "return (xt - signal * prediction) / noise, prediction", "x0_hat first"),
+        ],
+        "implied_weight": [
+            ('"v": snr + 1', '"v": snr', "for v"),
+            ('"eps": snr', '"eps": 1 / snr', "inverse"),
+            ('"eps": snr', '"eps": snr.sqrt()', "square root"),
+            ("[kind][t]", "[kind][t][:, None]", "(B,)"),
+        ],
+        "loss": [
+            ("torch.randint(1,", "torch.randint(0,", "1 to 1000, not 0"),
+            ("torch.randn_like(x0)", "torch.randn(len(x0), 1)", "both coordinates"),
+            ("torch.randn_like(x0)", "torch.randn(1, 2)"),
+            ("/ implied_weight(kind, t)", "/ 1", "not yet divided"),
+            ("implied_weight(kind, t)", "snr[t]", "not by W_t"),
+            ("clamp(max=gamma)", "clamp(min=gamma)", "larger"),
+            ("if gamma is not None:", "if False:", "ignored"),
+            ("factor.to(x0.dtype)[:, None]", "factor.mean().to(x0.dtype)", "its own t"),
+            ("factor.to(x0.dtype)[:, None]", "factor[:, None]", "float32"),
+            ("return error.mean()", "return error.mean().detach()", "no gradient"),
+        ],
+        "v_step": [
+            ("- delta.sin()", "+ delta.sin()", "the other way"),
+            ("delta.cos() * xt - delta.sin() * v_hat", "xt - delta * v_hat", "tangent"),
+            ("phi[t] - phi[t_next]", "phi[t] - phi[t - 1]", "does not arrive"),
+        ],
+    },
+    "08_find_the_fault": {},
 }
 
 each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=[path.stem for path in EXERCISES])
@@ -325,14 +494,16 @@ def blocks(path):
 @each_exercise
 def test_sections(path):
     text = path.read_text()
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) in (SECTIONS, OLD_SECTIONS)
+    sections = OTHER_SECTIONS.get(path.stem, SECTIONS)
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) in (sections, OLD_SECTIONS)
     assert re.search(r"^Difficulty: (easy|medium|hard)\. Time: \d+ minutes", text, re.MULTILINE)
     for kind, name, code in blocks(path):
         if kind == "stub":
             assert f"<summary>Hint 1: `{name}`" in text and f"<summary>Hint 2: `{name}`" in text, name
             assert f"def {name}(" in code or f"class {name}" in code
             assert f'raise NotImplementedError("{name} is still to be written")' in code
-    assert text.count("<summary>Answers") == 1
+    answers = 10 if path.stem in OTHER_SECTIONS else 1
+    assert text.count("<summary>Answer") == answers
 
 
 def refused(code, check, space, named=""):
@@ -374,4 +545,5 @@ def test_the_exercise_from_top_to_bottom(path, tmp_path, monkeypatch):
             exec(code + check, space)
     assert not shorter, "these texts do not occur"
     assert {name for kind, name in code_of if kind == "stub"} == set(MISTAKES[path.stem])
-    assert list(tmp_path.glob("my_*.png")), "the learner's code drew nothing"
+    wrote = bool(list(tmp_path.glob("my_*.png")))
+    assert wrote == (path.stem not in OTHER_SECTIONS), "which pictures did the learner's code write?"
