@@ -429,7 +429,7 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")
-        print(f"Stopped after {len(losses)} training steps. Sampling with what has been learned.")
+        print(f"Stopped after {len(losses)} training steps. Going on with what has been learned.")
     return ema, torch.stack(losses).cpu()
 
 
@@ -499,7 +499,7 @@ def add_common_flags(parser):
     flag("--data-root", help="folder that has the data set, or will have it")
     flag("--seed", type=within(0, 10**9), help="random seed")
     flag("--samples", type=positive, help="how many images to generate")
-    flag("--load", type=Path, default=None, help="a trained network (model.pt): do not train")
+    flag("--load", type=Path, default=None, help="a trained network (see above): do not train")
     flag("--smoke", action="store_true", help="quick self-test with a tiny network")
     flag("--out", type=Path, help="output folder (default: runs/ and the name of the script)")
     fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
