@@ -153,9 +153,9 @@ class Diffusion:
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
-        # Even without errors, x0_hat at large t is only a blurred average of many digits. That does
-        # no harm: x0_weight in q_posterior is small then, so this step moves only a little towards
-        # the blur, and the next step asks the network again.
+        # Even without errors, x0_hat at large t is only a blurred average of many digits. But the
+        # mean of x_{t-1} needs just this average. The step moves only a little towards it, since
+        # x0_weight in q_posterior is small then, and the next step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
