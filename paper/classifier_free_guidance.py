@@ -1,12 +1,12 @@
-"""Classifier-free guidance: generate a chosen digit, at the price of variety.
+"""Classifier-free guidance: generate a chosen digit, and trade variety for clarity.
 
 Classifier-Free Diffusion Guidance (Ho & Salimans 2022, arXiv 2207.12598). One network learns to
 predict the noise both with a label and without one, because each label is dropped with
-probability 0.1 during training. The difference of the two predictions shows what the label
-contributes; sampling scales it by a guidance weight w. A larger w gives clearer but less varied
-digits.
+probability 0.1 during training. The difference between the two predictions shows what the label
+contributes. Sampling scales it by a guidance weight w and adds it to the prediction without a
+label. A larger w gives clearer but less varied digits.
 
-    python paper/classifier_free_guidance.py  # eight minutes on two CPU cores, six to train
+    python paper/classifier_free_guidance.py  # eight minutes on two CPU cores
     python paper/classifier_free_guidance.py --load assets/classifier_free_guidance.pt --w 2
     python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot  # accuracy against diversity
 
@@ -14,9 +14,10 @@ Writes to runs/classifier_free_guidance/ (with --load to its subfolder loaded/, 
 smoke/): w_2.npz and the like (the samples of each w and the labels asked for), guidance.png (a
 block for each w), samples.png (the w nearest to 2); after training also loss.png and model.pt.
 
-What is new: drop_labels and guided_eps (section 3), plot_guidance, and the labels in UNet,
-load_labelled_mnist and train_conditional. All else is as in ddpm_mnist.py and ddim_sampling.py.
-Left out: dynamic thresholding, guidance in only some of the steps.
+What is new: drop_labels and guided_eps (section 3), the labels in UNet, load_labelled_mnist and
+train_conditional, and in section 7 the settings, --w, --sampler, --clip, plot_guidance and main.
+The rest is as in ddpm_mnist.py and ddim_sampling.py. Left out: guidance in only some of the steps,
+dynamic thresholding (a gentler remedy than clipping when w is large).
 """
 import argparse
 import copy
@@ -185,11 +186,11 @@ def ddim_timesteps(T, S, spacing="uniform"):
     return times
 
 
-NULL = -1  # the label that stands for "no label"
+NULL = -1  # the label that stands for "no label" (UNet adds 1 to every label before its look-up)
 
 
 def drop_labels(y, probability=0.1):
-    """The labels y (B,), each replaced by NULL with that probability, independently."""
+    """For training: the labels y (B,), each independently replaced by NULL with that probability."""
     dropped = torch.rand(len(y), device=y.device) < probability
     return torch.where(dropped, NULL, y)
 
@@ -197,8 +198,12 @@ def drop_labels(y, probability=0.1):
 def guided_eps(model, xt, t, y, w):
     """eps_null + w (eps_y - eps_null): eps_y is predicted with the labels y, eps_null without.
 
-    w = 0 ignores the labels, w = 1 is the conditional model, and w > 1 exaggerates what the labels
-    contribute. The paper's w is ours minus 1: (1 + w) eps_y - w eps_null (Ho & Salimans, Eq. 6).
+    w = 0 ignores the labels, w = 1 is the conditional model, w > 1 exaggerates what the labels
+    contribute, and w < 0 steers away from them. Why it works: eps_null - eps_y is proportional to
+    an estimate of the gradient of log p(y | x_t). So w > 1 pushes x_t to where the label is more
+    certain, towards typical digits and away from ambiguous ones.
+
+    The paper writes (1 + w') eps_y - w' eps_null, with w' = w - 1 (Ho & Salimans, Eq. 6).
     model: any callable eps_hat = model(xt, t, y). y: (B,).
     """
     null = torch.full_like(y, NULL)
@@ -206,7 +211,7 @@ def guided_eps(model, xt, t, y, w):
         return model(xt, t, null)
     if w == 1:
         return model(xt, t, y)
-    # Both predictions in one call with twice the batch, which is faster than two calls.
+    # Both predictions in one call, with a batch twice as large.
     both = model(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([null, y]))
     eps_null, eps_y = both.chunk(2)
     return eps_null + w * (eps_y - eps_null)
@@ -311,7 +316,8 @@ class UNet(nn.Module):
 
     def forward(self, xt, t, y):
         time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
-        time_emb = time_emb + self.label(y + 1)  # every ResBlock thus receives the label as well
+        # Every ResBlock thus receives the label as well. It needs no SiLU, as it is a free vector.
+        time_emb = time_emb + self.label(y + 1)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
         for level in self.down:
@@ -335,7 +341,7 @@ class UNet(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_labelled_mnist(data, root):
-    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set really used.
+    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set actually used.
 
     data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """
@@ -434,7 +440,7 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-CPU = dict(  # as in ddpm_mnist.py, with a fifth more training steps, as there is more to learn
+CPU = dict(  # as in ddpm_mnist.py, but with more training steps, because there is more to learn
     unet=dict(channels=1, widths=[32, 64, 128], blocks=1, classes=10),
     steps=2700,
     batch_size=32,
@@ -443,7 +449,7 @@ CPU = dict(  # as in ddpm_mnist.py, with a fifth more training steps, as there i
     w=[0, 1, 2, 4, 8],
     samples=200,  # for each w
     sampler="ddim",
-    clip=True,
+    clip=True,  # matters most with a large w, which drives x0_hat beyond [-1, 1]
     data="mnist",
     data_root="data",
     seed=0,
@@ -453,7 +459,7 @@ GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a 
     steps=6000,  # 25 times through MNIST
     batch_size=256,  # the upper end of the lesson's 128 to 256
     lr=5e-4,  # a wider network needs a smaller rate
-    samples=2000,  # enough for the scores of fid_is.py
+    samples=2000,  # makes the scores of fid_is.py more precise
 )
 SMOKE = dict(  # a quick self-test: the samples are noise
     unet=dict(channels=1, widths=[16, 16], blocks=1, classes=10),
@@ -554,7 +560,7 @@ def parse_args(argv):
     if args.samples < 10:
         parser.error("--samples must be at least 10: one image of each digit")
     if len({f"{w:g}" for w in args.w}) < len(args.w):
-        parser.error("--w: two of these weights would have the same file name")
+        parser.error("--w: two of these weights would be saved under the same file name")
     return args
 
 
@@ -596,7 +602,7 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    # Does its UNet take other arguments than ours ("attention" may be missing), or other channels?
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
@@ -634,8 +640,10 @@ def plot_guidance(blocks, path):
     for axes, (title, images) in zip(all_axes, blocks.items(), strict=True):
         columns = min(4, len(images) // 10)
         grid = images[: 10 * columns].view(columns, 10, 1, 28, 28)
-        rows = grid.transpose(0, 1).flatten(0, 1)  # all zeros, then all ones, ...
-        picture = make_grid(rows, nrow=columns)  # (3, H, W), 30 pixels from image to image
+        # Every image of the digit 0, then every image of the digit 1, ...
+        rows = grid.transpose(0, 1).flatten(0, 1)
+        # (3, H, W). An image and its frame take 30 pixels, so the middle of row k is at 16 + 30 k.
+        picture = make_grid(rows, nrow=columns)
         axes.imshow(picture.permute(1, 2, 0).numpy())
         axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
     all_axes[0].set_ylabel("digit asked for")
@@ -675,7 +683,7 @@ def main(argv=None):
     if args.sampler == "ddim":
         S = min(50, args.T)
         eta = 0.0
-    else:  # DDPM is the case of all steps and eta = 1
+    else:  # DDPM: all steps, eta = 1, and below variance="beta", which DDIM does not use
         S = args.T
         eta = 1.0
     y = torch.arange(args.samples, device=args.device) % 10  # labels 0, 1, ..., 9, 0, 1, ...
@@ -687,6 +695,7 @@ def main(argv=None):
         parts = []
         with autocast(args.device):
             for y_part in y.split(500):  # in batches, or memory would grow with --samples
+                # A function of xt and t, which is what ddim_sample takes as its model.
                 eps_of = partial(guided_eps, model, y=y_part, w=w)
                 shape = (len(y_part), 1, 28, 28)
                 x0 = diffusion.ddim_sample(eps_of, shape, S, eta, clip=args.clip, variance="beta")
@@ -696,11 +705,11 @@ def main(argv=None):
         with new_files(args.out) as folder:
             pixels = samples.permute(0, 2, 3, 1).numpy()  # (N, 28, 28, 1)
             np.savez(folder / f"w_{w:g}.npz", pixels, y.cpu().numpy())
-    report += f"{args.samples} samples for each of {len(blocks)} w "
+    report += f"{args.samples} samples for each of {len(blocks)} values of w "
     report += f"in {time.perf_counter() - began:.0f} s"
     with new_files(args.out) as folder:
         plot_guidance(blocks, folder / "guidance.png")
-        w = min(args.w, key=lambda w: abs(w - 2))
+        w = min(args.w, key=lambda w: abs(w - 2))  # near 2, digits are clear and still varied
         images = F.interpolate(blocks[f"w = {w:g}"][:100] / 255, scale_factor=2)
         save_image(images, folder / "samples.png", nrow=10)  # a column for each digit
     print(f"{report}: {args.out}")

@@ -388,7 +388,7 @@ class NoisyClassifier(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_labelled_mnist(data, root):
-    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set really used.
+    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set actually used.
 
     data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """
@@ -670,7 +670,7 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # Does it have other arguments than our UNet (early files lack this one), or other channels?
+    # Does its UNet take other arguments than ours ("attention" may be missing), or other channels?
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
@@ -721,8 +721,10 @@ def plot_guidance(blocks, path):
     for axes, (title, images) in zip(all_axes, blocks.items(), strict=True):
         columns = min(4, len(images) // 10)
         grid = images[: 10 * columns].view(columns, 10, 1, 28, 28)
-        rows = grid.transpose(0, 1).flatten(0, 1)  # all zeros, then all ones, ...
-        picture = make_grid(rows, nrow=columns)  # (3, H, W), 30 pixels from image to image
+        # Every image of the digit 0, then every image of the digit 1, ...
+        rows = grid.transpose(0, 1).flatten(0, 1)
+        # (3, H, W). An image and its frame take 30 pixels, so the middle of row k is at 16 + 30 k.
+        picture = make_grid(rows, nrow=columns)
         axes.imshow(picture.permute(1, 2, 0).numpy())
         axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
     all_axes[0].set_ylabel("digit asked for")
