@@ -190,7 +190,7 @@ NULL = -1  # the label that stands for "no label" (UNet adds 1 to every label be
 
 
 def drop_labels(y, probability=0.1):
-    """For training: the labels y (B,), each independently replaced by NULL with that probability."""
+    """For training: labels y (B,), each independently replaced by NULL with that probability."""
     dropped = torch.rand(len(y), device=y.device) < probability
     return torch.where(dropped, NULL, y)
 
@@ -341,7 +341,7 @@ class UNet(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_labelled_mnist(data, root):
-    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set actually used.
+    """Images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set actually used.
 
     data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """

@@ -388,7 +388,7 @@ class NoisyClassifier(nn.Module):
 
 # 5. Data --------------------------------------------------------------------------------------
 def load_labelled_mnist(data, root):
-    """Training images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set actually used.
+    """Images (N, 1, 28, 28) uint8, labels (N,), and the name of the data set actually used.
 
     data: "mnist", or "mnist5k": 5,000 of the same images, without a download. root: MNIST's folder.
     """

@@ -560,7 +560,7 @@ def test_the_report_says_what_was_trained_and_sampled(path, monkeypatch, tmp_pat
     if path == FREE:
         report = out.splitlines()[-1]
         assert report.startswith("60 training steps in ")
-        assert f"loss {means['mse_loss']:.4f}; 12 samples for each of 5 w in " in report
+        assert f"loss {means['mse_loss']:.4f}; 12 samples for each of 5 values of w in " in report
     else:
         assert f"UNet: 60 training steps, loss {means['mse_loss']:.4f}\n" in out
         assert f"classifier: 3 training steps, loss {means['cross_entropy']:.4f}\n" in out
