@@ -493,7 +493,8 @@ MISTAKES = {
         "loss": [
             ("torch.randint(1,", "torch.randint(0,", "1 to 1000, not 0"),
             ("torch.randn_like(x0)", "torch.randn(len(x0), 1)", "both coordinates"),
-            ("torch.randn_like(x0)", "torch.randn(1, 2)"),
+            ("torch.randn_like(x0)", "torch.randn(1, 2)", "all points of the batch"),
+            ("(len(x0),))", "(1,)).expand(len(x0))", "the same t"),
             ("/ implied_weight(kind, t)", "/ 1", "not yet divided"),
             ("implied_weight(kind, t)", "snr[t]", "not by W_t"),
             ("clamp(max=gamma)", "clamp(min=gamma)", "larger"),
@@ -509,6 +510,26 @@ MISTAKES = {
         ],
     },
     "08_find_the_fault": {},
+}
+
+# The faults of "Break it": {exercise: [(function, right, wrong)]}. Each must change what is printed.
+BREAKS = {
+    "00_ddpm": [
+        ("p_sample", "(len(xt),), t)", "(len(xt),), t + 1)"),
+        ("p_sample", "(len(xt),), t)", "(len(xt),), t - 1)"),
+        ("p_sample", "if t == 1:", "if t == 0:"),
+        ("p_sample", "b.sqrt() * z", "b * z"),
+    ],
+    "02_sampling_steps": [
+        ("ddim_sample", "eta, z)", "eta, z, clip=False)"),
+        ("ddim_sample", "torch.full((len(xt),), t)", "torch.full((len(xt),), max(1, t_next))"),
+        ("ddim_step", "sigma2.sqrt() * z", "(1 - a / a_next).sqrt() * z"),
+        ("slerp", "(x1_weight * x1 + x2_weight * x2) / omega.sin()", "(1 - w) * x1 + w * x2"),
+    ],
+    "03_guidance_scale": [
+        ("guided_eps", "eps_none + w * (eps_y - eps_none)", "eps_y + w * (eps_none - eps_y)"),
+    ],
+    "04_fid": [("fid", "features1.T.cov()", "features1.var(0).diag()")],
 }
 
 each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=[path.stem for path in EXERCISES])
@@ -549,7 +570,7 @@ def refused(code, check, space, named=""):
 
 
 @each_exercise
-def test_the_exercise_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_the_exercise_from_top_to_bottom(path, tmp_path, monkeypatch, capsys):
     """As its learner goes through it; in a folder of its own, for the blocks write pictures."""
     for name in ("pytorch_lowlevel", "paper", "assets"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -562,7 +583,17 @@ def test_the_exercise_from_top_to_bottom(path, tmp_path, monkeypatch):
             code = code.replace(text, shorter.pop(text))
         code_of[kind, name] = code
         if kind not in ("stub", "check", "solution"):
+            capsys.readouterr()
             exec(code, space)
+            printed = capsys.readouterr().out
+        if kind == "break" and "# Paste " in code:
+            for function, right, wrong in BREAKS.get(path.stem, []):
+                solution = code_of["solution", function]
+                assert solution.count(right) == 1, f"{function}: {right}"
+                exec(solution.replace(right, wrong), space)  # the later definition counts
+                exec(code, space)
+                assert capsys.readouterr().out != printed, f"{function}: {wrong}"
+                exec(solution, space)
         if kind == "solution":
             stub, check = code_of["stub", name], code_of["check", name]
             assert refused(stub, check, space), f"{name}: the stub"
