@@ -553,8 +553,8 @@ def nearest_table(space, vectors, sets, real, n_training, n_floor):
     limits = floor[:, 0].quantile(torch.tensor([0.01, 0.1, 0.5]))
     rows = [(name, *nearest(vectors(images), training)) for name, images, _ in sets]
     lines = [
-        f"Distance by {space} to the nearest of {n_training:,} training images, and the share of"
-        " images that are as near as the nearest 1%, 10%, 50% of real images",
+        f"Distance by {space} to the nearest of {n_training:,} training images: median, and the",
+        "share of images that are as near as the nearest 1%, 10% and 50% of real images",
         "samples   median      1%     10%     50%",
     ]
     for name, distances, _ in [*rows, ("real images", floor, None)]:

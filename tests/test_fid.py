@@ -351,8 +351,8 @@ def test_the_share_of_samples_that_are_as_near_as_real_images():
     sets = [("copies", real[:10], None), ("some", some, None)]
     lines, (distances, indices) = script.nearest_table("size", lambda x: x, sets, real, 200, 50)
     assert lines[0].startswith("Distance by size to the nearest of 200 training images")
-    assert lines[1].split() == ["samples", "median", "1%", "10%", "50%"]
-    assert [line.split() for line in lines[2:]] == [  # the limits are 1.039, 1.39 and 2.95
+    assert lines[2].split() == ["samples", "median", "1%", "10%", "50%"]
+    assert [line.split() for line in lines[3:]] == [  # the limits are 1.039, 1.39 and 2.95
         ["10", "0", "100.0%", "100.0%", "100.0%", "copies"],
         ["4", "0.5", "50.0%", "75.0%", "100.0%", "some"],
         ["50", "2.91", "2.0%", "10.0%", "50.0%", "real", "images"],
@@ -366,7 +366,7 @@ def test_real_images_that_a_network_was_trained_with_are_compared_with_the_other
     sets = [("copy", real[:2], None), ("far", real[:1] - 11, None)]
     lines, _ = script.nearest_table("size", lambda x: x, sets, real, 40, 10)
     assert "nearest of 40 training images" in lines[0]
-    assert [line.split()[1:3] for line in lines[2:]] == [
+    assert [line.split()[1:3] for line in lines[3:]] == [
         ["0", "100.0%"],
         ["11", "0.0%"],
         ["10", "100.0%"],
@@ -1078,7 +1078,7 @@ def test_copies_of_training_images_are_found(figures, tmp_path, capsys):
     assert text in capsys.readouterr().out
     for space in ("pixels", "features"):
         _, _, after = text.partition(f"by {space} to the nearest of 100 training images")
-        _, _, copies, real = after.splitlines()[:4]
+        _, _, _, copies, real = after.splitlines()[:5]
         assert copies.split()[:5] == ["64", "0", "100.0%", "100.0%", "100.0%"]
         assert copies.endswith("copies.npz") and real.endswith("real images")
         assert [real.split()[i] for i in (0, 2, 3, 4)] == ["40", "2.5%", "10.0%", "50.0%"]
@@ -1096,8 +1096,8 @@ def test_copies_from_a_folder_of_ones_own_images(figures, tmp_path):
     flags = ["--reference", str(tmp_path / "own"), "--nearest", "--out", str(tmp_path / "out")]
     script.main([str(tmp_path / "samples.npz"), *flags])
     lines = (tmp_path / "out" / "scores.txt").read_text(encoding="utf-8").splitlines()
-    assert "by pixels to the nearest of 20 training images" in lines[0] and len(lines) == 4
-    assert lines[2].split()[2] == "75.0%" and lines[3].split()[0] == "5"
+    assert "by pixels to the nearest of 20 training images" in lines[0] and len(lines) == 5
+    assert lines[3].split()[2] == "75.0%" and lines[4].split()[0] == "5"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"nearest.png", "scores.txt"}
     assert len(figures["nearest.png"].axes) == 1
 
