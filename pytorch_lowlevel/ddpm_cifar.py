@@ -438,13 +438,14 @@ def train_resumable(diffusion, model, images, args):
                     bar.set_postfix(loss=f"{mean:.4f}")
                     if not math.isfinite(mean):
                         sys.exit(f"The loss is {mean} after {done} steps. Try a lower --lr.")
-                if save_now:
-                    save_checkpoint(model, ema, optimizer, losses, args)
                 if done % args.preview_every == 0:
                     with autocast(images.device):
                         x0 = diffusion.sample(ema, (16, 3, 32, 32), variance=args.variance)
                     with new_files(args.out) as folder:
                         save_grid(to_bytes(x0), folder / "preview.png")
+                # After the preview, because a run that is killed in between makes it again.
+                if save_now:
+                    save_checkpoint(model, ema, optimizer, losses, args)
     except KeyboardInterrupt:
         if not losses:
             sys.exit("Stopped before the first training step was complete.")

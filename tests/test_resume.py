@@ -18,7 +18,7 @@ from PIL import Image
 
 PAPER = "paper/ddpm_paper.py"
 RESUMABLE = [CIFAR, PAPER]
-FLAGS = ["--smoke", "--steps", "8", "--device", "cpu", "--seed", "5", "--batch-size", "3"]
+FLAGS = ["--smoke", "--steps", "10", "--device", "cpu", "--seed", "5", "--batch-size", "3"]
 PICTURES = ["samples.png", "loss.png", "preview.png"]
 
 
@@ -52,7 +52,7 @@ def main(path, *flags):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(path): the folder of a run of 8 training steps without a break."""
+    """whole(path): the folder of a run of 10 training steps without a break."""
     done = {}
 
     def folder(path):
@@ -115,15 +115,23 @@ def stop_in_saving(script, monkeypatch, error):
     monkeypatch.setattr(script.torch, "save", save)
 
 
-def stop_in_preview(script, monkeypatch, error):
-    usual = script.Diffusion.p_sample
+def stop_in_preview(k):
+    """While preview k (from 1) is generated. The second is due at the last training step."""
 
-    def p_sample(self, model, xt, t, *args, **options):
-        if len(xt) == 16 and t == 3:
-            raise error
-        return usual(self, model, xt, t, *args, **options)
+    def patch(script, monkeypatch, error):
+        count = []
+        usual = script.Diffusion.p_sample
 
-    monkeypatch.setattr(script.Diffusion, "p_sample", p_sample)
+        def p_sample(self, model, xt, t, *args, **options):
+            if len(xt) == 16 and t == 3:
+                count.append(t)
+                if len(count) == k:
+                    raise error
+            return usual(self, model, xt, t, *args, **options)
+
+        monkeypatch.setattr(script.Diffusion, "p_sample", p_sample)
+
+    return patch
 
 
 MOMENTS = {  # where the run stops, and the training steps that the last checkpoint then has
@@ -132,7 +140,8 @@ MOMENTS = {  # where the run stops, and the training steps that the last checkpo
     "training step 8": (stop_in_training(8), 6),
     "update": (stop_in_update, 4),
     "saving": (stop_in_saving, 2),
-    "preview": (stop_in_preview, 4),
+    "preview": (stop_in_preview(1), 4),
+    "last preview": (stop_in_preview(2), 8),
 }
 
 
@@ -173,7 +182,7 @@ def test_stopped_again_and_again(path, whole, tmp_path, monkeypatch):
                 break
             except Stop:
                 more = ["--resume"]
-    assert attempts == 4
+    assert attempts == 5
     assert_same_run(tmp_path, whole(path))
 
 
@@ -475,8 +484,8 @@ def test_a_checkpoint_holds_what_its_documentation_says(path, whole):
     assert not same(checkpoint["model"], checkpoint["ema"])
     averages = checkpoint["optimizer"]["state"]
     assert len(averages) == len(weights)
-    assert all(entry["step"] == 8 for entry in averages.values())
-    assert checkpoint["losses"].shape == (8,) and checkpoint["losses"].dtype == torch.float32
+    assert all(entry["step"] == 10 for entry in averages.values())
+    assert checkpoint["losses"].shape == (10,) and checkpoint["losses"].dtype == torch.float32
     assert checkpoint["settings"]["task"] == script.TASK
     assert same(checkpoint["ema"], saved(whole(path), "model.pt")["ema"])
 
@@ -494,7 +503,7 @@ def test_the_preview_shows_16_images_of_the_averaged_network(path, tmp_path, mon
 
     monkeypatch.setattr(script.Diffusion, "sample", sample)
     main(path, *FLAGS, "--out", tmp_path)
-    assert models == [(False, False)] * 2
+    assert models == [(False, False)] * 3
     with Image.open(tmp_path / "preview.png") as picture:
         pixels = np.asarray(picture)
     side = pixels.shape[0] // 4
