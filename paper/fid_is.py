@@ -22,7 +22,6 @@ tradeoff.png; with --nearest nearest.png (of the first set).
 """
 import argparse
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -300,7 +299,7 @@ def load_real(name, root, read_image=whole_image):
             parts = [dataset(root, train, download=True) for train in (True, False)]
             images = torch.cat([torch.as_tensor(part.data) for part in parts])
             labels = torch.cat([torch.as_tensor(part.targets) for part in parts])
-        except Exception as error:  # no network, a full disk, a damaged file: all have this answer
+        except Exception as error:  # no network, a full disk, a damaged file: go on with the fallback
             small = "mnist5k" if name == "mnist" else "photos"
             print(
                 f"{name} cannot be loaded: {error}\n"
@@ -506,7 +505,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
