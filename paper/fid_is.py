@@ -22,6 +22,7 @@ tradeoff.png; with --nearest nearest.png (of the first set).
 """
 import argparse
 import math
+import os
 import socket
 import sys
 import tempfile
