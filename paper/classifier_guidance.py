@@ -22,8 +22,8 @@ Left out: the DDPM sampler (Algorithm 1 of the paper).
 """
 import argparse
 import copy
+import io
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -648,7 +648,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -661,9 +661,10 @@ def save_both(model, classifier, unet, settings, path):
         ema=model.state_dict(),
         classifier=classifier.state_dict(),
     )
-    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
-    with open(path, "wb") as file:
-        torch.save(saved, file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_model(path):

@@ -22,8 +22,8 @@ ddim_sampling.py. Left out: the learned variance and the hybrid loss, the paper'
 """
 import argparse
 import copy
+import io
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -533,7 +533,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -552,8 +552,10 @@ def save_with_schedule(ema, args, schedule, data, trained, path):
     task = f"28x28 images with the {schedule} schedule"
     # trained: training steps, fewer than args.steps if Ctrl-C stopped the training
     facts = dict(task=task, T=args.T, steps=trained, data=data, run=run)
-    with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=facts), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_networks(folder):

@@ -22,8 +22,8 @@ settings, --S, --clip and everything from `compare` on. The rest is copied from 
 """
 import argparse
 import copy
+import io
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -303,7 +303,7 @@ class UNet(nn.Module):
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
+            nn.SiLU()  # once here, rather than in every ResBlock before its Linear layer
         )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
@@ -315,7 +315,7 @@ class UNet(nn.Module):
         for c_below, c in pairwise(reversed(widths)):
             upsample = nn.Sequential(
                 nn.Upsample(scale_factor=2),
-                nn.Conv2d(c_below, c, 3, padding=1),
+                nn.Conv2d(c_below, c, 3, padding=1)
             )
             # 2 * c channels: h, concatenated with the output of a block on the way down
             level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
@@ -325,7 +325,7 @@ class UNet(nn.Module):
         self.last = nn.Sequential(
             nn.GroupNorm(widths[0] // 16, widths[0]),
             nn.SiLU(),
-            nn.Conv2d(widths[0], channels, 3, padding=1),
+            nn.Conv2d(widths[0], channels, 3, padding=1)
         )
         nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
@@ -460,7 +460,7 @@ SAMPLERS = dict(
     ddpm=dict(eta=1.0, variance="beta"),
     eta1=dict(eta=1.0),
     quadratic=dict(spacing="quadratic"),
-    ddim=dict(),
+    ddim=dict()
 )
 ETAS = {rf"$\eta$ = {eta}": dict(eta=eta) for eta in [0, 0.25, 0.5, 0.75, 1]}  # rows of eta.png
 
@@ -579,7 +579,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -587,9 +587,10 @@ def new_files(out):
 def save_model(ema, args, data, path):
     """What --load needs, and facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
-    with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_model(path):

@@ -21,6 +21,7 @@ well-known file google/ddpm-cifar10-32 very likely holds the raw weights.
 """
 import argparse
 import copy
+import io
 import math
 import os
 import re
@@ -719,7 +720,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -739,10 +740,12 @@ def save_checkpoint(model, ema, optimizer, losses, args):
         settings=dict(task=TASK, image_count=args.image_count) | settings,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
-        losses=torch.stack(losses).cpu(),
+        losses=torch.stack(losses).cpu()
     )
-    with new_files(args.out) as folder, open(folder / "checkpoint.pt", "wb") as file:
-        torch.save(checkpoint, file)
+    buffer = io.BytesIO()  # as for model.pt
+    torch.save(checkpoint, buffer)
+    with new_files(args.out) as folder:
+        (folder / "checkpoint.pt").write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path):
@@ -760,9 +763,10 @@ def load_checkpoint(path):
 def save_trained(ema, args, path):
     """What --load needs, and facts about the training."""
     settings = dict(task=TASK, T=args.T, schedule=args.schedule, steps=args.steps, data=args.data)
-    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
-    with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_trained(source):

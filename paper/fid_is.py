@@ -300,7 +300,7 @@ def load_real(name, root, read_image=whole_image):
             parts = [dataset(root, train, download=True) for train in (True, False)]
             images = torch.cat([torch.as_tensor(part.data) for part in parts])
             labels = torch.cat([torch.as_tensor(part.targets) for part in parts])
-        except Exception as error:  # no network, a full disk, a damaged file: go on with the fallback
+        except Exception as error:  # no network, a full disk, a damaged file: fall back
             small = "mnist5k" if name == "mnist" else "photos"
             print(
                 f"{name} cannot be loaded: {error}\n"

@@ -21,8 +21,8 @@ Left out: networks that grow along with the images.
 """
 import argparse
 import copy
+import io
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -582,7 +582,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -590,9 +590,10 @@ def new_files(out):
 def save_model(ema, args, data, path):
     """What --load needs, and facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
-    with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_model(path):

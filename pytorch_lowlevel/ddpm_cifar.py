@@ -19,6 +19,7 @@ textures, but barely any objects. With a GPU, the lesson's network gets 100,000 
 """
 import argparse
 import copy
+import io
 import math
 import os
 import socket
@@ -237,7 +238,7 @@ class UNet(nn.Module):
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # here once, and not in every ResBlock before its own Linear
+            nn.SiLU()  # here once, and not in every ResBlock before its own Linear
         )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # at each resolution: blocks, then the downsampling
@@ -249,7 +250,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList(level))
             upsample = nn.Sequential(
                 nn.Upsample(scale_factor=2),
-                nn.Conv2d(c_below, c, 3, padding=1),
+                nn.Conv2d(c_below, c, 3, padding=1)
             )
             # 2 * c channels: h, concatenated with the output of a block on the way down
             level = [upsample] + [block(2 * c, c, d_time) for _ in range(blocks)]
@@ -259,7 +260,7 @@ class UNet(nn.Module):
         self.last = nn.Sequential(
             nn.GroupNorm(widths[0] // 16, widths[0]),
             nn.SiLU(),
-            nn.Conv2d(widths[0], channels, 3, padding=1),
+            nn.Conv2d(widths[0], channels, 3, padding=1)
         )
         nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is the same for every image
 
@@ -330,9 +331,9 @@ def square_image(path):
 
 def load_folder(folder):
     """The images in a folder and its subfolders, in alphabetical order: (N, 3, 32, 32) uint8."""
-    if not Path(folder).is_dir():
+    if not folder.is_dir():
         sys.exit(f"--data {folder}: there is no such folder (nor a data set of that name)")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_FILES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES)
     if not paths:
         sys.exit(f"--data {folder}: no image in this folder ({' '.join(IMAGE_FILES)})")
     images = []
@@ -472,7 +473,7 @@ CPU = dict(
     save_every=500,  # training steps from one checkpoint to the next, which take 90 seconds
     preview_every=2000,  # a preview takes half a minute
     resume=False,
-    seed=0,
+    seed=0
 )
 GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
     unet=dict(channels=3, widths=[64, 128, 256, 512], blocks=2, attention=[1]),  # the lesson's
@@ -481,7 +482,7 @@ GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a 
     lr=2e-4,
     compile=True,
     save_every=2000,
-    preview_every=10_000,
+    preview_every=10_000
 )
 SMOKE = dict(  # a quick self-test: the samples are noise
     unet=dict(channels=3, widths=[16, 16, 16], blocks=1, attention=[1]),
@@ -490,7 +491,7 @@ SMOKE = dict(  # a quick self-test: the samples are noise
     data="photos",
     compile=False,
     save_every=2,
-    preview_every=5,
+    preview_every=5
 )
 # Saved in model.pt, so that load_model can refuse a network that was trained for another task.
 TASK = "32x32 colour images with the linear schedule"
@@ -498,7 +499,7 @@ TRAINING_FLAGS = ["steps", "batch_size", "lr", "T", "data", "flip", "compile", "
 # With --resume, the settings in FIXED cannot change. Those in KEPT change if a flag says so.
 FIXED = ["T", "batch_size", "lr", "data", "flip", "seed"]
 KEPT = ["steps", "samples", "variance", "data_root", "save_every", "preview_every"]
-IMAGE_FILES = [".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"]
+IMAGE_FILES = ".png .jpg .jpeg .bmp .webp .gif .tif .tiff".split()
 
 
 def within(low, high, kind=int):
@@ -564,7 +565,7 @@ def parse_args(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}",
+        epilog=f"defaults on a CPU: {CPU}\n\ndefaults with CUDA: {GPU}"
     )
     add_common_flags(parser)
     flag = parser.add_argument
@@ -604,7 +605,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -612,9 +613,10 @@ def new_files(out):
 def save_model(ema, args, data, path):
     """What --load needs, and facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
-    with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def save_checkpoint(model, ema, optimizer, losses, args):
@@ -632,10 +634,12 @@ def save_checkpoint(model, ema, optimizer, losses, args):
         settings=dict(task=TASK, image_count=args.image_count) | settings,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
-        losses=torch.stack(losses).cpu(),
+        losses=torch.stack(losses).cpu()
     )
-    with new_files(args.out) as folder, open(folder / "checkpoint.pt", "wb") as file:
-        torch.save(checkpoint, file)
+    buffer = io.BytesIO()  # as for model.pt
+    torch.save(checkpoint, buffer)
+    with new_files(args.out) as folder:
+        (folder / "checkpoint.pt").write_bytes(buffer.getvalue())
 
 
 def load_checkpoint(path):
@@ -714,7 +718,7 @@ def main(argv=None):
         if args.data in ["cifar10", "photos"]:
             images, args.data = load_images(args.data, args.data_root)
         else:
-            images = load_folder(args.data)
+            images = load_folder(Path(args.data))
         print(f"{len(images):,} images ({args.data})")
         if args.resume and len(images) != args.image_count:
             sys.exit(f"--resume: the run in {args.out} began with {args.image_count:,} images")

@@ -16,8 +16,8 @@ Sections 1 to 4 are the algorithm and its network; 5 to 7 are data, training loo
 """
 import argparse
 import copy
+import io
 import math
-import os
 import socket
 import sys
 import tempfile
@@ -221,7 +221,7 @@ class UNet(nn.Module):
             nn.Linear(self.d, d_time),
             nn.SiLU(),
             nn.Linear(d_time, d_time),
-            nn.SiLU(),  # once here, rather than in every ResBlock before its Linear layer
+            nn.SiLU()  # once here, rather than in every ResBlock before its Linear layer
         )
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()  # at each resolution: ResBlocks, then the downsampling
@@ -233,7 +233,7 @@ class UNet(nn.Module):
         for c_below, c in pairwise(reversed(widths)):
             upsample = nn.Sequential(
                 nn.Upsample(scale_factor=2),
-                nn.Conv2d(c_below, c, 3, padding=1),
+                nn.Conv2d(c_below, c, 3, padding=1)
             )
             # 2 * c channels: h, concatenated with the output of a block on the way down
             level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
@@ -243,7 +243,7 @@ class UNet(nn.Module):
         self.last = nn.Sequential(
             nn.GroupNorm(widths[0] // 16, widths[0]),
             nn.SiLU(),
-            nn.Conv2d(widths[0], channels, 3, padding=1),
+            nn.Conv2d(widths[0], channels, 3, padding=1)
         )
         nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
 
@@ -377,13 +377,13 @@ CPU = dict(
     variance="beta",
     data="mnist",
     data_root="data",
-    seed=0,
+    seed=0
 )
 GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
     unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the lesson's widths
     steps=6000,  # 25 times through MNIST
     batch_size=256,  # the upper end of the lesson's 128 to 256
-    lr=5e-4,  # a wider network needs a smaller rate
+    lr=5e-4  # a wider network needs a smaller rate
 )
 SMOKE = dict(  # a quick self-test: the samples are noise
     unet=dict(channels=1, widths=[16, 16], blocks=1),
@@ -478,7 +478,7 @@ def new_files(out):
         with tempfile.TemporaryDirectory(dir=out, prefix="unfinished_") as folder:
             yield Path(folder)
             for path in Path(folder).iterdir():
-                os.replace(path, out / path.name)
+                path.replace(out / path.name)
     except OSError as error:
         sys.exit(f"{out} cannot be written to: {error.strerror}")
 
@@ -486,9 +486,10 @@ def new_files(out):
 def save_model(ema, args, data, path):
     """What --load needs, and facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # torch.save(..., path) would report a full disk as a RuntimeError, and not as an OSError.
-    with open(path, "wb") as file:
-        torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), file)
+    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def load_model(path):
