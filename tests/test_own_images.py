@@ -163,7 +163,7 @@ def test_a_folder_is_searched_recursively_in_alphabetical_order(tmp_path):
         save(picture, tmp_path / name, **options)
     (tmp_path / "notes.txt").write_text("no image", encoding="utf-8")
     (tmp_path / "b" / "no ending").write_text("no image", encoding="utf-8")
-    images = load(CIFAR).load_folder(str(tmp_path))
+    images = load(CIFAR).load_folder(tmp_path)
     assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
     levels = images.float().mean((1, 2, 3))
     assert torch.allclose(levels, torch.arange(5) * 10.0, atol=1)
