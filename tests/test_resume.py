@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR, ROOT, each, having, load, one_line
+from conftest import CIFAR, ROOT, each, first_of, having, load, one_line
 from PIL import Image
 
 PAPER = "paper/ddpm_paper.py"
@@ -145,8 +145,8 @@ MOMENTS = {  # where the run stops, and the training steps that the last checkpo
 }
 
 
-@each(RESUMABLE)
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@first_of(RESUMABLE)
+@pytest.mark.parametrize("error", [Stop, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_stopped_at_any_moment_it_goes_on_to_the_same_bits(
     path, moment, error, whole, tmp_path, monkeypatch, capsys
@@ -167,7 +167,7 @@ def test_stopped_at_any_moment_it_goes_on_to_the_same_bits(
     assert_same_run(tmp_path, whole(path))
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_stopped_again_and_again(path, whole, tmp_path, monkeypatch):
     """Every second attempt gets two training steps further."""
     attempts = 0
@@ -219,14 +219,14 @@ def test_killed_as_a_program_it_goes_on_to_the_same_bits(path, how, whole, tmp_p
 # Longer runs, other flags -----------------------------------------------------------------------
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_finished_run_resumed_repeats_its_files(path, whole, tmp_path):
     main(path, *FLAGS, "--out", tmp_path)
     main(path, "--resume", "--out", tmp_path)
     assert_same_run(tmp_path, whole(path))
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_checkpoint_can_be_loaded(path, whole, tmp_path):
     """It is also a model.pt: --load generates the samples of the run."""
     source = whole(path) / "checkpoint.pt"
@@ -236,7 +236,7 @@ def test_a_checkpoint_can_be_loaded(path, whole, tmp_path):
     assert not (tmp_path / "model.pt").exists()
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_finished_run_can_be_made_longer(path, tmp_path, monkeypatch):
     """The rates go on as those of a run of 12 steps; the losses so far stay; new ones follow."""
     script = load(path)
@@ -271,7 +271,7 @@ def other_value(name, value):
     return others.get(name) or value + 1
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_what_must_not_change_is_refused_and_nothing_is_touched(path, whole, capsys):
     """Each setting in FIXED, by its flag; fewer steps than there are; --load. The same values pass.
     """
@@ -300,7 +300,7 @@ def test_what_must_not_change_is_refused_and_nothing_is_touched(path, whole, cap
     assert load(path).parse_args(["--resume", "--out", str(folder), *map(str, unchanged)]).T == 10
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_what_may_change_is_kept_unless_a_flag_changes_it(path, whole):
     folder = whole(path)
     settings = saved(folder)["settings"]
@@ -316,7 +316,7 @@ def test_what_may_change_is_kept_unless_a_flag_changes_it(path, whole):
     assert changed == 4
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_samples_of_another_number_after_resuming(path, whole, tmp_path):
     main(path, *FLAGS, "--out", tmp_path)
     main(path, "--resume", "--samples", "3", "--out", tmp_path)
@@ -324,7 +324,7 @@ def test_samples_of_another_number_after_resuming(path, whole, tmp_path):
     assert same(saved(tmp_path)["losses"], saved(whole(path))["losses"])
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_nothing_to_resume_is_one_line(path, whole, tmp_path, capsys):
     """No checkpoint; half of one; a text; a model.pt, which has no optimiser; another script's."""
     [other] = [script for script in RESUMABLE if script != path]
@@ -348,7 +348,7 @@ def test_nothing_to_resume_is_one_line(path, whole, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_run_goes_on_with_its_own_data_or_not_at_all(path, tmp_path, monkeypatch, capsys):
     """It began with CIFAR-10, which can no longer be had: photographs must not take its place."""
     script = load(path)
@@ -369,7 +369,7 @@ def test_a_run_goes_on_with_its_own_data_or_not_at_all(path, tmp_path, monkeypat
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_nan_keeps_the_checkpoint_before_it(path, tmp_path, monkeypatch, capsys):
     """The loss of training step 6, at which a checkpoint is due, is NaN."""
     script = load(path)
@@ -387,7 +387,7 @@ def test_a_nan_keeps_the_checkpoint_before_it(path, tmp_path, monkeypatch, capsy
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "preview.png"}
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_two_runs_in_one_folder_do_not_crash_each_other(path, whole, tmp_path, monkeypatch):
     """While one run writes its checkpoint, another one begins and ends in the same folder."""
     script = load(path)
@@ -438,7 +438,7 @@ def test_every_training_step_of_every_seed_has_random_numbers_of_its_own(script,
     assert len(set(sum(by_run.values(), []))) > 5990  # a few may meet by chance, no series does
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_what_a_step_sees_depends_on_seed_and_number_alone(path, tmp_path, monkeypatch):
     """Whatever was drawn before: the batch, the flips, t and the noise of a step are the same."""
     script = load(path)
@@ -471,7 +471,7 @@ def test_what_a_step_sees_depends_on_seed_and_number_alone(path, tmp_path, monke
 # What a checkpoint and a preview hold -----------------------------------------------------------
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_checkpoint_holds_what_its_documentation_says(path, whole):
     script = load(path)
     checkpoint = saved(whole(path))
@@ -490,7 +490,7 @@ def test_a_checkpoint_holds_what_its_documentation_says(path, whole):
     assert same(checkpoint["ema"], saved(whole(path), "model.pt")["ema"])
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_the_preview_shows_16_images_of_the_averaged_network(path, tmp_path, monkeypatch):
     """Image k is drawn as the level 10 k, if the network that is asked is the average."""
     script = load(path)
@@ -511,7 +511,7 @@ def test_the_preview_shows_16_images_of_the_averaged_network(path, tmp_path, mon
     assert [colour.tolist() for colour in found] == [[10 * k] * 3 for k in range(16)]
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 @pytest.mark.parametrize("flag", ["--compile", "--no-compile"])
 def test_compile_compiles_the_network_that_is_trained(path, flag, whole, tmp_path, monkeypatch):
     """And a compiled run writes the same files: keys without a prefix."""
@@ -522,7 +522,7 @@ def test_compile_compiles_the_network_that_is_trained(path, flag, whole, tmp_pat
     assert_same_run(tmp_path, whole(path))
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_disk_that_fills_up_during_training_is_one_line(path, tmp_path, monkeypatch, capsys):
     """At the second checkpoint: the first one stays, and it can be resumed later."""
     usual = os.replace
@@ -535,7 +535,7 @@ def test_a_disk_that_fills_up_during_training_is_one_line(path, tmp_path, monkey
         usual(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(load(path).os, "replace", full)
+        patch.setattr(os, "replace", full)
         message = one_line(path, [*FLAGS, "--out", tmp_path], capsys)
     assert "No space left" in message and str(tmp_path) in message
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
