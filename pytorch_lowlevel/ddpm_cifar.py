@@ -71,9 +71,11 @@ class Diffusion:
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
     eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    beta (T+1,), alpha, alpha_bar and beta_tilde are tables. Entry t belongs to the paper's step t,
-    and entry 0 to the clean image, where no noise has been added yet. dtype: float64 is for tests.
-    The methods take `model`, any callable eps_hat = model(xt, t), images (B, C, H, W) and t (B,).
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
+    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
+    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
+    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
+    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
