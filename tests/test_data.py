@@ -154,7 +154,7 @@ def test_without_network_crops_of_photographs_step_in(path, tmp_path, capsys, mo
     notice = capsys.readouterr().out
     assert name == "photos" and images.shape[1:] == (3, 32, 32) and images.dtype == torch.uint8
     assert "no route to host" in notice
-    photo = torch.from_numpy(load_sample_image("china.jpg")).permute(2, 0, 1).float()
+    photo = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1).float()
     corner = photo[:, :64, :64].view(3, 32, 2, 32, 2).mean((2, 4))  # the first crop, at half size
     assert (images[0].float() - corner).abs().max() <= 0.5
 
