@@ -267,7 +267,7 @@ EFFECTS = {
     (FREE, "--clip"): (["--clip"], ["--no-clip"], ["w_4.npz"], ["model.pt"]),
     (CLASSIFIER, "--clip"): (["--clip"], ["--no-clip"], ["s_4.npz"], ["model.pt"]),
     (FREE, "--sampler"): (["ddim"], ["ddpm"], ["w_4.npz"], ["model.pt"]),
-    (COSINE, "--skip-last"): (["0"], ["0.5"], ["samples_linear.npz"], ["model_linear.pt"]),
+    (COSINE, "--skip-last"): (["0"], ["0.5"], ["skipped_linear.npz"], ["samples_linear.npz"]),
 }
 # Flags with a test of their own, in this file or another.
 COMMON = {"--steps", "--batch-size", "--T", "--lr", "--seed", "--samples", "--data-root", "--data"}

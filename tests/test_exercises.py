@@ -512,7 +512,7 @@ MISTAKES = {
     "08_find_the_fault": {},
 }
 
-# The faults of "Break it": {exercise: [(function, right, wrong)]}. Each must change what is printed.
+# The faults of "Break it": {exercise: [(function, right, wrong)]}. Each changes what is printed.
 BREAKS = {
     "00_ddpm": [
         ("p_sample", "(len(xt),), t)", "(len(xt),), t + 1)"),
@@ -537,7 +537,8 @@ each_exercise = pytest.mark.parametrize("path", EXERCISES, ids=[path.stem for pa
 
 def blocks(path):
     """(kind, name, code) of the Python blocks, from top to bottom."""
-    found = re.findall(r"```python\n# (?:%% )?([a-z]+)(?: (\w+))?[^\n]*\n(.*?)```", path.read_text(), re.DOTALL)
+    block = r"```python\n# (?:%% )?([a-z]+)(?: (\w+))?[^\n]*\n(.*?)```"
+    found = re.findall(block, path.read_text(encoding="utf-8"), re.DOTALL)
     assert len(found) == path.read_text().count("```python"), "a block does not say what it is"
     return found
 
@@ -550,7 +551,8 @@ def test_sections(path):
     assert re.search(r"^Difficulty: (easy|medium|hard)\. Time: \d+ minutes", text, re.MULTILINE)
     for kind, name, code in blocks(path):
         if kind == "stub":
-            assert f"<summary>Hint 1: `{name}`" in text and f"<summary>Hint 2: `{name}`" in text, name
+            for hint in (1, 2):
+                assert f"<summary>Hint {hint}: `{name}`" in text, name
             assert f"def {name}(" in code or f"class {name}" in code
             assert f'raise NotImplementedError("{name} is still to be written")' in code
     answers = 10 if path.stem in OTHER_SECTIONS else 1
