@@ -297,6 +297,7 @@ def test_each_flag_has_a_test(path, monkeypatch):
     assert flags == COMMON | known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, flag", EFFECTS, ids=[f"{Path(path).stem} {flag}" for path, flag in EFFECTS]
 )
@@ -414,6 +415,7 @@ def test_a_network_of_another_kind_is_refused(path, smoke, tmp_path, capsys):
             assert load(other).TASK == load(path).TASK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["cosine_schedule", "progressive_training"])
 def test_a_network_for_another_schedule_or_size_is_refused(task, smoke, tmp_path, capsys):
     for model in smoke(f"paper/{task}.py").glob("model*.pt"):
@@ -474,7 +476,7 @@ def test_a_loss_that_is_nan_stops_the_training_with_its_cause(path, tmp_path, mo
     assert not list(tmp_path.glob("model*.pt"))
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_weights_that_are_nan_are_told_before_pixels_are_rounded(path, smoke, tmp_path, capsys):
     source = source_of(smoke(path))
     damaged = tmp_path / "damaged"

@@ -572,6 +572,7 @@ def outputs(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix in (".npz", ".png")}
 
 
+@pytest.mark.slow
 def test_load_generates_what_the_run_generated(tmp_path, monkeypatch):
     """The same flags give the same files; each flag of the sampling changes what it should."""
     script, save = load(DDIM), load(DDIM).plot_rows

@@ -938,6 +938,7 @@ def test_known_sets_explain_the_scores(figures, tmp_path):
         assert torch.equal(cells(axes, 1, 14, 28)[0], images)
 
 
+@pytest.mark.slow
 def test_the_seed_changes_noise_and_draws_but_not_the_classifier(tmp_path):
     found = []
     for seed in ("0", "1"):
@@ -1102,6 +1103,7 @@ def test_copies_from_a_folder_of_ones_own_images(figures, tmp_path):
     assert len(figures["nearest.png"].axes) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp932"])
 def test_a_terminal_without_accents(encoding, tmp_path):
     """--help, and a folder whose name the terminal cannot print."""

@@ -286,6 +286,7 @@ def test_both_trainings_have_the_same_weights_randomness_and_images(monkeypatch,
     assert levels[2] == levels[3] == set(range(240)) - levels[0]
 
 
+@pytest.mark.slow
 def test_in_training_both_networks_see_the_same_images_t_and_noise(monkeypatch, tmp_path):
     """The true train: x_0 by its grey level, t as it is, eps from x_t."""
     script, seen = load(PATH), []
@@ -425,6 +426,7 @@ def test_the_linear_network_serves_ddpm_mnist_and_the_cosine_network_does_not(
     assert "cosine schedule" in message and "linear schedule" in message
 
 
+@pytest.mark.slow
 def test_load_takes_both_networks_of_one_run(tmp_path, capsys, cheap):
     """Its two files may not come from different runs, nor have changed places."""
     folders = [tmp_path / name for name in ("a", "steps", "T", "seed", "lr", "batch_size")]
