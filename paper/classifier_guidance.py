@@ -706,7 +706,7 @@ def plot_losses(losses, path):
         window = 1 + len(values) // 50
         means = values.unfold(0, window, 1).mean(1)  # means[i]: of values[i] to [i + window - 1]
         axes.semilogy(range(window, len(values) + 1), means, label=name)
-    axes.set(xlabel="training step", ylabel="$L_{simple}$ or cross-entropy")
+    axes.set(xlabel="training step", title="$L_{simple}$ or cross-entropy")
     axes.legend()
     axes.figure.savefig(path)
 

@@ -699,7 +699,7 @@ def plot_loss(losses, path):
     means = losses.unfold(0, window, 1).mean(1)  # means[i] is the mean of losses[i : i + window]
     axes = Figure().subplots()
     axes.semilogy(range(window, len(losses) + 1), means)
-    axes.set(xlabel="training step", ylabel=f"$L_{{simple}}$, mean of {window} training steps")
+    axes.set(xlabel="training step", title=f"$L_{{simple}}$, mean of {window} training steps")
     axes.figure.savefig(path)
 
 
