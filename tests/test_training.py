@@ -145,7 +145,8 @@ def test_the_seed_decides_weights_batches_and_samples(path, monkeypatch, tmp_pat
         assert all(map(torch.equal, run["x0"], same["x0"]))
         assert not any(map(torch.equal, run["x0"], other["x0"]))
         assert all(len(x0) == 5 for x0 in run["x0"])
-        assert not torch.equal(run["x0"][0], run["x0"][1])
+        if len(run["x0"]) > 1:  # a stage of progressive_training.py may be one training step
+            assert not torch.equal(run["x0"][0], run["x0"][1])
     for found, same, other in zip(samples, samples_again, other_samples, strict=True):
         assert np.array_equal(found, same) and not np.array_equal(found, other)
 
