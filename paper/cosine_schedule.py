@@ -447,7 +447,7 @@ SMOKE = dict(  # a quick self-test: the samples are noise
     loss_images=100,
     data="mnist5k",
 )
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # no use beside --load
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # refused with --load
 
 
 def within(low, high, kind=int):
@@ -697,7 +697,7 @@ def main(argv=None):
     if round(S * (1 - args.skip_last)) < 1:
         sys.exit(f"--skip-last {args.skip_last} leaves none of the {S} sampling steps")
     with new_files(args.out):
-        pass  # if that fails, then now and not after the training
+        pass  # if the folder cannot be written to, stop now and not after the training
 
     images, data = load_mnist(args.data, args.data_root)
     torch.manual_seed(0)  # not args.seed, so that held-out images stay held out in every run

@@ -631,7 +631,7 @@ def check_sets(sets, real, labels):
 def main(argv=None):
     args = parse_args(argv)
     with new_files(args.out):
-        pass  # if that fails, then now and not after the scoring
+        pass  # if the folder cannot be written to, stop now and not after the scoring
     began = time.perf_counter()
 
     # The samples, and the real images that they are compared with
