@@ -1,23 +1,26 @@
-"""Classifier-free guidance: generate a chosen digit, and trade variety for clarity.
+"""Classifier-free guidance: generate each digit on request, and trade variety for clarity.
 
-Classifier-Free Diffusion Guidance (Ho & Salimans 2022, arXiv 2207.12598). One network learns to
-predict the noise both with a label and without one, because each label is dropped with
-probability 0.1 during training. The difference between the two predictions shows what the label
-contributes. Sampling scales it by a guidance weight w and adds it to the prediction without a
-label. A larger w gives clearer but less varied digits.
+Classifier-Free Diffusion Guidance (Ho & Salimans 2022, arXiv 2207.12598). Guidance strengthens the
+influence of the label on the image. Earlier work used the gradient of a classifier for this; here
+none is needed. One network learns to predict the noise both with a label and without one, because
+each label is dropped with probability 0.1 during training. The difference between the two
+predictions shows what the label contributes. Sampling scales it by a guidance weight w and adds it
+to the prediction without a label. A larger w gives clearer but less varied digits.
 
     python paper/classifier_free_guidance.py  # eight minutes on two CPU cores
-    python paper/classifier_free_guidance.py --load assets/classifier_free_guidance.pt --w 2
     python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot  # accuracy against diversity
+    python paper/classifier_free_guidance.py --load assets/classifier_free_guidance.pt --w 2
 
-Writes to runs/classifier_free_guidance/ (with --load to its subfolder loaded/, with --smoke to
+Writes to runs/classifier_free_guidance/ (with --load to the subfolder loaded/, with --smoke to
 smoke/): w_2.npz and the like (the samples of each w and the labels asked for), guidance.png (a
 block for each w), samples.png (the w nearest to 2); after training also loss.png and model.pt.
 
 What is new: drop_labels and guided_eps (section 3), the labels in UNet, load_labelled_mnist and
 train_conditional, and in section 7 the settings, --w, --sampler, --clip, plot_guidance and main.
-The rest is as in ddpm_mnist.py and ddim_sampling.py. Left out: guidance in only some of the steps,
-dynamic thresholding (a gentler remedy than clipping when w is large).
+The rest is as in ddpm_mnist.py and ddim_sampling.py, which should be read first: the sampler is
+DDIM (Song et al. 2020, arXiv 2010.02502), which needs 50 steps instead of 1000. With eta = 1 and
+all T steps, the same code is DDPM. Left out: guidance in only some of the steps, and dynamic
+thresholding (with a large w, x0_hat leaves [-1, 1]; this rescales it rather than clipping it).
 """
 import argparse
 import copy
@@ -48,10 +51,11 @@ matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change
 
 # 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+    """beta_t, the variance of the noise that step t adds: (T+1,) float64 (DDPM, Section 4).
 
-    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. The schedule is meant for
-    T = 1000. With T = 100, a third of the signal's variance would survive until x_T.
+    It rises linearly from 1e-4 at t = 1 to 0.02 at t = T. beta[0] = 0 is only there so that beta[t]
+    is the paper's beta_t. The schedule is meant for T = 1000. With T = 100, a third of the image's
+    variance would survive in x_T, but sampling starts from pure noise.
     """
     beta = torch.zeros(T + 1, dtype=torch.float64)
     beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -71,17 +75,18 @@ class Diffusion:
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
     eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
-    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
-    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
-    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
-    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance of
+    x_{t-1} if x_t and x_0 are known, Eq. 7) are tables of length T+1. Entry t belongs to the
+    paper's step t, and entry 0 to the clean image, to which no noise has been added yet. dtype is
+    that of the tables (the tests use float64).
+    The methods take images (B, C, H, W), with pixels in [-1, 1], and t, which is (B,), or an int
+    for the whole batch. model: any callable eps_hat = model(xt, t). It always gets t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0, as the formula needs t - 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: there is no alpha_bar_{-1}
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end, because near t = 1 alpha_bar is
@@ -125,15 +130,21 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        (The DDIM paper writes alpha_t for our alpha_bar_t.) The old noise eps_hat and the fresh
-        noise z together have the variance that the forward process gives to x_{t_next}, which is
-        1 - alpha_bar_{t_next}. eta scales the fresh noise: 0 is none, 1 as much as in DDPM. With
-        eta = 1 and t_next = t - 1 this is DDPM's step with the variance beta_tilde_t.
+        (The DDIM paper writes alpha_t for our alpha_bar_t.) This beta is the variance of the noise
+        that the forward process adds between t_next and t. It is beta_t if t_next = t - 1.
 
-        beta is the variance of the noise that the forward process adds between t_next and t.
-        variance="beta" is meant for eta = 1: z is then scaled by sqrt(beta), which is DDPM's other
-        choice (sigma-hat in the DDIM paper). The total variance is then larger, and the longer the
-        step, the more so.
+        The step is DDPM's Eq. 4 at t_next, with x0_hat for x_0. Its noise is a mixture of eps_hat,
+        the noise that is already in x_t, and fresh noise z. Together they have the variance that
+        the forward process gives to x_{t_next}, which is 1 - alpha_bar_{t_next}. eta sets how much
+        of it is fresh: 0 is none, 1 as much as in DDPM. With eta = 1 and t_next = t - 1 this is
+        DDPM's step with the variance beta_tilde_t. (Put eps_hat = (x_t - sqrt(alpha_bar_t) x0_hat)
+        / sqrt(1 - alpha_bar_t) into the formula, and x0_hat and x_t get the weights of DDPM's
+        Eq. 7.)
+
+        variance="beta" is meant for eta = 1. It makes the fresh noise stronger, sqrt(beta) z in
+        place of sigma z, which is DDPM's other choice (sigma-hat in the DDIM paper). x_{t_next}
+        then has more noise than the network expects, and the longer the step, the larger the
+        excess.
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -144,17 +155,18 @@ class Diffusion:
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
-            # eps_hat must change with x0_hat, so that the two still add up to x_t (Eq. 4). Without
-            # this, the step with eta = 1 would not be that of DDPM.
+            # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
+            # DDPM's mean mixes the clipped x0_hat with x_t itself, and only so is it the same here.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
-        # In float32 this is off by about 1e-7, which is little even beside beta_1 = 1e-4.
+        # Unlike the tables in __init__, this is computed in float32. It is then off by about 1e-7,
+        # which is little even beside the smallest beta, 1e-4.
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
         direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # no fresh noise, or x_0 is the result
             return mean
-        if variance == "beta":  # only for z: the mean keeps the smaller sigma2, as in DDPM
+        if variance == "beta":  # DDPM's mean is the same for both variances, so only z changes
             sigma2 = beta
         z = torch.randn_like(xt)
         return mean + sigma2.sqrt() * z
@@ -163,10 +175,10 @@ class Diffusion:
     def ddim_sample(
         self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
     ):
-        """x_0 in S steps, at the times tau_S = T > ... > tau_1 of ddim_timesteps.
+        """x_0 in S steps, from tau_S = T through tau_{S-1} > ... > tau_1 (ddim_timesteps) to 0.
 
-        x_T is xT if that is given; shape is then not used and may be None. Otherwise x_T is noise
-        of that shape (B, C, H, W).
+        xT: the noise x_T to start from. If it is None, x_T is new noise of the given shape
+        (B, C, H, W). If it is given, shape is not used and may be None.
         """
         if xT is None:
             xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
@@ -182,9 +194,9 @@ def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
     uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. Both are
-    rounded, but tau_i is at least i, so that all S times are distinct.
-    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins lower,
-    with T = 1000 and S = 10 at t = 901 (uniform), or near t = 800 (quadratic).
+    rounded. Near 0, several quadratic tau_i would round to the same number, so tau_i is at least i.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins lower.
+    For T = 1000 and S = 10 it starts at t = 901 (uniform) or near t = 800 (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
@@ -196,11 +208,16 @@ def ddim_timesteps(T, S, spacing="uniform"):
     return times
 
 
-NULL = -1  # the label that stands for "no label" (UNet adds 1 to every label before its look-up)
+# The label that stands for "no label". It is -1 for any number of classes. (UNet adds 1 to every
+# label, so that it can look up a vector for each of them.)
+NULL = -1
 
 
 def drop_labels(y, probability=0.1):
-    """For training: labels y (B,), each independently replaced by NULL with that probability."""
+    """For training: labels y (B,), each independently replaced by NULL with that probability.
+
+    0.1 and 0.2 work about equally well, and 0.5 is worse (Ho & Salimans, Section 4.2).
+    """
     dropped = torch.rand(len(y), device=y.device) < probability
     return torch.where(dropped, NULL, y)
 
@@ -208,16 +225,20 @@ def drop_labels(y, probability=0.1):
 def guided_eps(model, xt, t, y, w):
     """eps_null + w (eps_y - eps_null): eps_y is predicted with the labels y, eps_null without.
 
-    w = 0 ignores the labels, w = 1 is the conditional model, w > 1 exaggerates what the labels
-    contribute, and w < 0 steers away from them. Why it works: eps_null - eps_y is proportional to
-    an estimate of the gradient of log p(y | x_t). So w > 1 pushes x_t to where the label is more
-    certain, towards typical digits and away from ambiguous ones.
+    w = 0 ignores the labels, w = 1 is sampling with labels but without guidance, w > 1 exaggerates
+    what the labels contribute, and w < 0 steers away from them.
+
+    Why it works: -eps_hat / sqrt(1 - alpha_bar_t) estimates the gradient of log p(x_t), along which
+    x_t becomes more probable. By Bayes' rule, log p(y | x_t) = log p(x_t | y) - log p(x_t) + const.
+    So -(eps_y - eps_null) points to where the label y is more certain. (Minus, because a step moves
+    against eps_hat.) w = 1 moves x_t in this direction as far as is right for p(x_t | y). w > 1
+    goes further, towards typical digits and away from ambiguous ones.
 
     The paper writes (1 + w') eps_y - w' eps_null, with w' = w - 1 (Ho & Salimans, Eq. 6).
     model: any callable eps_hat = model(xt, t, y). y: (B,).
     """
     null = torch.full_like(y, NULL)
-    if w == 0:
+    if w == 0:  # here, and if w = 1, one prediction is enough
         return model(xt, t, null)
     if w == 1:
         return model(xt, t, y)
@@ -229,7 +250,10 @@ def guided_eps(model, xt, t, y, w):
 
 # 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000.
+
+    The fast waves tell neighbouring t apart, the slow ones early from late.
+    """
     k = torch.arange(d // 2, device=t.device)
     frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
@@ -237,7 +261,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
+    """x (B, c_in, H, W), time_emb (B, d_time), made from t by UNet -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -248,8 +272,9 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
-        # passes signals forward and gradients backward unhindered, and training is stable.
+        # With these zeros, the untrained block is its skip path plus a constant (conv2's bias). A
+        # deep stack then passes signals forward and gradients backward unhindered, and training is
+        # stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -292,7 +317,7 @@ class UNet(nn.Module):
     def __init__(self, channels, widths, blocks, classes):
         super().__init__()
         d_time = 4 * widths[0]
-        self.d = widths[0]  # the length of the time embedding
+        self.d = widths[0]  # how many sines and cosines of t
         self.time = nn.Sequential(
             nn.Linear(self.d, d_time),
             nn.SiLU(),
@@ -312,7 +337,7 @@ class UNet(nn.Module):
                 nn.Upsample(scale_factor=2),
                 nn.Conv2d(c_below, c, 3, padding=1),
             )
-            # 2 * c channels: h, concatenated with the output of a block on the way down
+            # 2 * c channels: the features so far, and the output of a block on the way down
             level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
             self.up.append(nn.ModuleList(level))
         c = widths[-1]
@@ -322,11 +347,12 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(widths[0], channels, 3, padding=1),
         )
-        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
+        nn.init.zeros_(self.last[2].weight)  # the loss begins near 1, the variance of eps
 
     def forward(self, xt, t, y):
         time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
-        # Every ResBlock thus receives the label as well. It needs no SiLU, as it is a free vector.
+        # From here on, time_emb holds the label as well, so every ResBlock receives it. The label's
+        # vector needs no SiLU: its entries are themselves learned, and can take any values.
         time_emb = time_emb + self.label(y + 1)
         h = self.first(xt)  # (B, widths[0], H, W)
         skips = []
@@ -389,7 +415,7 @@ def lr_factor(step, steps):
     Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
     Towards the end, smaller and smaller updates average out the noise of the batches.
     """
-    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    warm_up = 30 * (step + 1) / steps  # reaches cool_down after about a thirtieth of training
     cool_down = 1 - step / steps
     return min(warm_up, cool_down)
 
@@ -400,9 +426,9 @@ def update_ema(ema, model, step):
 
     The weights jitter from training step to training step. The averaged weights do not, and a
     network that uses them generates clearer images. The average spans about 1 / (1 - decay)
-    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
-    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
-    still be the random initial weights after 6,900 training steps.
+    training steps. Here that is (10 + step) / 9, or about the last ninth of the training so far,
+    and 10,000 at most. With a decay of 0.9999 from the start, as in the paper, half of the average
+    would still be the random initial weights after 6,900 training steps.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters()):
@@ -430,10 +456,11 @@ def train_conditional(diffusion, model, images, labels, steps, batch_size, lr):
                 x0 = images[index].float() / 127.5 - 1  # from 0-255 to [-1, 1]
                 y = drop_labels(labels[index])
                 with autocast(images.device):
+                    # loss takes a function of xt and t as its model. In this one, y is fixed.
                     loss = diffusion.loss(partial(model, y=y), x0)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # for rare extreme batches
                 optimizer.step()
                 update_ema(ema, model, step)
                 losses.append(loss.detach())  # .item() here would make every step wait for the GPU
@@ -497,7 +524,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
@@ -507,7 +534,7 @@ def add_common_flags(parser):
     """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    # predict_x0 divides by sqrt(alpha_bar_T), but beyond T = 8,600 float32 cannot hold alpha_bar_T.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
     flag("--batch-size", type=positive, help="images per training step")
@@ -554,7 +581,7 @@ def parse_args(argv):
         "--w",
         type=within(-1000, 1000, float),
         nargs="+",
-        help="guidance weights (write --w=-1e-5 for a negative one with an exponent)",
+        help="guidance weights (argparse takes -1e-5 for a flag; write --w=-1e-5)",
     )
     parser.add_argument(
         "--sampler",
@@ -591,9 +618,10 @@ def new_files(out):
 
 
 def save_model(ema, args, data, path):
-    """What --load needs, and facts about the training."""
+    """Save what --load needs, and some facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    # In memory first, because torch.save reports a full disk as a RuntimeError, and new_files only
+    # expects an OSError.
     buffer = io.BytesIO()
     torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
     path.write_bytes(buffer.getvalue())
@@ -611,9 +639,10 @@ def load_model(path):
         T = settings["T"]
     except OSError as error:
         sys.exit(f"--load {path}: {error.strerror}")
-    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+    except Exception as error:  # torch.load's own message would suggest weights_only=False
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # Does its UNet take other arguments than ours ("attention" may be missing), or other channels?
+    # ^: the names of arguments that only one of the two UNets takes. ("attention" does not count,
+    # because it is optional where it exists, in ddpm_cifar.py.)
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
@@ -651,10 +680,10 @@ def plot_guidance(blocks, path):
     for axes, (title, images) in zip(all_axes, blocks.items(), strict=True):
         columns = min(4, len(images) // 10)
         grid = images[: 10 * columns].view(columns, 10, 1, 28, 28)
-        # Every image of the digit 0, then every image of the digit 1, ...
+        # grid[j, k] is the j-th image of digit k. By rows: all images of 0, then all of 1, ...
         rows = grid.transpose(0, 1).flatten(0, 1)
-        # (3, H, W). An image and its frame take 30 pixels, so the middle of row k is at 16 + 30 k.
-        picture = make_grid(rows, nrow=columns)
+        # make_grid puts 2 pixels before each image of 28, so the middle of row k is at 16 + 30 k.
+        picture = make_grid(rows, nrow=columns)  # (3, H, W)
         axes.imshow(picture.permute(1, 2, 0).numpy())
         axes.set(title=title, xticks=[], yticks=range(16, 300, 30), yticklabels=range(10))
     all_axes[0].set_ylabel("digit asked for")
@@ -694,7 +723,7 @@ def main(argv=None):
     if args.sampler == "ddim":
         S = min(50, args.T)
         eta = 0.0
-    else:  # DDPM: all steps, eta = 1, and below variance="beta", which DDIM does not use
+    else:  # DDPM; it also needs variance="beta" below, which has no effect on DDIM, where eta = 0
         S = args.T
         eta = 1.0
     y = torch.arange(args.samples, device=args.device) % 10  # labels 0, 1, ..., 9, 0, 1, ...
@@ -720,7 +749,8 @@ def main(argv=None):
     report += f"in {time.perf_counter() - began:.0f} s"
     with new_files(args.out) as folder:
         plot_guidance(blocks, folder / "guidance.png")
-        w = min(args.w, key=lambda w: abs(w - 2))  # near 2, digits are clear and still varied
+        # The w nearest to 2, where digits are clear and still varied.
+        w = min(args.w, key=lambda w: abs(w - 2))
         images = F.interpolate(blocks[f"w = {w:g}"][:100] / 255, scale_factor=2)
         save_image(images, folder / "samples.png", nrow=10)  # a column for each digit
     print(f"{report}: {args.out}")

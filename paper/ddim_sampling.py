@@ -1,18 +1,18 @@
 """DDIM: the same network, a tenth of the steps.
 
 Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple depends only on
-q(x_t | x_0) and not on the steps between x_0 and x_t. Other processes have the same q(x_t | x_0)
-with different steps, and the same trained network can reverse all of them. This gives a family of
-samplers, which differ in how much fresh noise they add (eta) and may skip most of the steps. With
-eta = 0 they add none, so x_0 is a function of x_T: one can interpolate between two x_T, and run the
-sampler backwards from an image to its x_T.
+q(x_t | x_0), and not on how x_t depends on x_{t-1}. There are other forward processes with the same
+q(x_t | x_0) for every t, and since their loss is the same, the same trained network can reverse
+them too. This gives a family of samplers, which differ in how much fresh noise they add (eta) and
+may skip most of the steps. With eta = 0 they add none, so x_0 is a function of x_T: one can
+interpolate between two x_T, and run the sampler backwards from an image to its x_T.
 
     python paper/ddim_sampling.py                               # train, then sample
     python paper/ddim_sampling.py --load assets/ddpm_mnist.pt   # with a network from ddpm_mnist.py
     python paper/fid_is.py runs/ddim_sampling/loaded/*.npz      # score its samples
 
 The first takes twelve minutes on two CPU cores, half of them for the training. Writes to
-runs/ddim_sampling/ (with --load to its subfolder loaded/, with --smoke to smoke/): the samples of
+runs/ddim_sampling/ (with --load to the subfolder loaded/, with --smoke to smoke/): the samples of
 each sampler in S steps, for example ddim_0050.npz; steps.png and eta.png, which compare samplers;
 estimates.png (the network's guesses at x_0 on the way), interpolation.png, inversion.png,
 samples.png; after training also loss.png and model.pt.
@@ -48,10 +48,11 @@ matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change
 
 # 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+    """beta_t, the variance of the noise that step t adds: (T+1,) float64 (DDPM, Section 4).
 
-    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. The schedule is meant for
-    T = 1000. With T = 100, a third of the signal's variance would survive until x_T.
+    It rises linearly from 1e-4 at t = 1 to 0.02 at t = T. beta[0] = 0 is only there so that beta[t]
+    is the paper's beta_t. The schedule is meant for T = 1000. With T = 100, a third of the image's
+    variance would survive in x_T, but sampling starts from pure noise.
     """
     beta = torch.zeros(T + 1, dtype=torch.float64)
     beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -71,17 +72,18 @@ class Diffusion:
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
     eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
-    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
-    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
-    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
-    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance of
+    x_{t-1} if x_t and x_0 are known, Eq. 7) are tables of length T+1. Entry t belongs to the
+    paper's step t, and entry 0 to the clean image, to which no noise has been added yet. dtype is
+    that of the tables (the tests use float64).
+    The methods take images (B, C, H, W), with pixels in [-1, 1], and t, which is (B,), or an int
+    for the whole batch. model: any callable eps_hat = model(xt, t). It always gets t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0, as the formula needs t - 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: there is no alpha_bar_{-1}
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end, because near t = 1 alpha_bar is
@@ -125,15 +127,21 @@ class Diffusion:
         sigma^2 = eta^2 beta (1 - alpha_bar_{t_next}) / (1 - alpha_bar_t)
         beta = 1 - alpha_bar_t / alpha_bar_{t_next}
 
-        (The DDIM paper writes alpha_t for our alpha_bar_t.) The old noise eps_hat and the fresh
-        noise z together have the variance that the forward process gives to x_{t_next}, which is
-        1 - alpha_bar_{t_next}. eta scales the fresh noise: 0 is none, 1 as much as in DDPM. With
-        eta = 1 and t_next = t - 1 this is DDPM's step with the variance beta_tilde_t.
+        (The DDIM paper writes alpha_t for our alpha_bar_t.) This beta is the variance of the noise
+        that the forward process adds between t_next and t. It is beta_t if t_next = t - 1.
 
-        beta is the variance of the noise that the forward process adds between t_next and t.
-        variance="beta" is meant for eta = 1: z is then scaled by sqrt(beta), which is DDPM's other
-        choice (sigma-hat in the DDIM paper). The total variance is then larger, and the longer the
-        step, the more so.
+        The step is DDPM's Eq. 4 at t_next, with x0_hat for x_0. Its noise is a mixture of eps_hat,
+        the noise that is already in x_t, and fresh noise z. Together they have the variance that
+        the forward process gives to x_{t_next}, which is 1 - alpha_bar_{t_next}. eta sets how much
+        of it is fresh: 0 is none, 1 as much as in DDPM. With eta = 1 and t_next = t - 1 this is
+        DDPM's step with the variance beta_tilde_t. (Put eps_hat = (x_t - sqrt(alpha_bar_t) x0_hat)
+        / sqrt(1 - alpha_bar_t) into the formula, and x0_hat and x_t get the weights of DDPM's
+        Eq. 7.)
+
+        variance="beta" is meant for eta = 1. It makes the fresh noise stronger, sqrt(beta) z in
+        place of sigma z, which is DDPM's other choice (sigma-hat in the DDIM paper). x_{t_next}
+        then has more noise than the network expects, and the longer the step, the larger the
+        excess.
         """
         t_batch = torch.full((len(xt),), t, device=xt.device)
         eps_hat = model(xt, t_batch)
@@ -144,17 +152,18 @@ class Diffusion:
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
-            # eps_hat must change with x0_hat, so that the two still add up to x_t (Eq. 4). Without
-            # this, the step with eta = 1 would not be that of DDPM.
+            # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
+            # DDPM's mean mixes the clipped x0_hat with x_t itself, and only so is it the same here.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
-        # In float32 this is off by about 1e-7, which is little even beside beta_1 = 1e-4.
+        # Unlike the tables in __init__, this is computed in float32. It is then off by about 1e-7,
+        # which is little even beside the smallest beta, 1e-4.
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
         direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
         mean = alpha_bar_next.sqrt() * x0_hat + direction
         if eta == 0 or t_next == 0:  # no fresh noise, or x_0 is the result
             return mean
-        if variance == "beta":  # only for z: the mean keeps the smaller sigma2, as in DDPM
+        if variance == "beta":  # DDPM's mean is the same for both variances, so only z changes
             sigma2 = beta
         z = torch.randn_like(xt)
         return mean + sigma2.sqrt() * z
@@ -163,10 +172,10 @@ class Diffusion:
     def ddim_sample(
         self, model, shape, S, eta=0.0, spacing="uniform", clip=True, xT=None, variance="beta_tilde"
     ):
-        """x_0 in S steps, at the times tau_S = T > ... > tau_1 of ddim_timesteps.
+        """x_0 in S steps, from tau_S = T through tau_{S-1} > ... > tau_1 (ddim_timesteps) to 0.
 
-        x_T is xT if that is given; shape is then not used and may be None. Otherwise x_T is noise
-        of that shape (B, C, H, W).
+        xT: the noise x_T to start from. If it is None, x_T is new noise of the given shape
+        (B, C, H, W). If it is given, shape is not used and may be None.
         """
         if xT is None:
             xT = torch.randn(shape, device=self.beta.device, dtype=self.beta.dtype)
@@ -181,14 +190,15 @@ class Diffusion:
     def ddim_invert(self, model, x0, S):
         """The x_T that ddim_sample (eta = 0) turns into x_0, approximately (DDIM, Section 4.3).
 
-        These are the steps of ddim_sample in reverse order, so here t_next > t. They are those with
-        clip=False, because clipping could not be undone.
+        These are the steps of ddim_sample in reverse order, so here t_next > t. What is reversed is
+        ddim_sample without clipping (clip=False), because clipping cannot be undone.
 
-        ddim_sample steps from x_{t_next} to x_t with eps_hat = model(x_{t_next}, t_next). Both are
-        mixtures of the same x0_hat and eps_hat, in the proportions of Eq. 4. So if we knew eps_hat,
-        x_t would give us x0_hat, and the two would give us x_{t_next}. But eps_hat depends on
-        x_{t_next}, which is not known yet. We therefore take eps_hat = model(x_t, t_next). The
-        shorter the steps, the closer x_t is to x_{t_next}, and the smaller the error.
+        ddim_sample goes from x_{t_next} to x_t with eps_hat = model(x_{t_next}, t_next). x_{t_next}
+        and x_t are mixtures of the same x0_hat and eps_hat, in the proportions of DDPM's Eq. 4. So
+        if we knew eps_hat, we could compute x0_hat from x_t and eps_hat, and then x_{t_next} from
+        x0_hat and eps_hat. But eps_hat depends on x_{t_next}, which is not known yet. We therefore
+        take eps_hat = model(x_t, t_next). The shorter the steps, the closer x_t is to x_{t_next},
+        and the smaller the error.
         """
         xt = x0
         times = [0] + ddim_timesteps(self.T, S)[::-1]
@@ -196,7 +206,7 @@ class Diffusion:
             # t_next although the image is x_t: the eps_hat of x_{t_next} is to be approximated.
             eps_hat = model(xt, torch.full((len(xt),), t_next, device=xt.device))
             x0_hat = self.predict_x0(xt, t, eps_hat)
-            # q_sample is Eq. 4. Here it mixes the estimates of x_0 and eps.
+            # q_sample is DDPM's Eq. 4. Here it mixes the estimates of x_0 and eps.
             xt = self.q_sample(x0_hat, t_next, eps_hat)
         return xt
 
@@ -205,9 +215,9 @@ def ddim_timesteps(T, S, spacing="uniform"):
     """tau_S > ... > tau_1: S distinct times in 1..T (DDIM, Appendix D.2).
 
     uniform: tau_i = T i / S. quadratic: tau_i = T (i / S)^2, closer together near 0. Both are
-    rounded, but tau_i is at least i, so that all S times are distinct.
-    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins lower,
-    with T = 1000 and S = 10 at t = 901 (uniform), or near t = 800 (quadratic).
+    rounded. Near 0, several quadratic tau_i would round to the same number, so tau_i is at least i.
+    Here tau_S = T, because x_T is the pure noise that we start from. The paper's code begins lower.
+    For T = 1000 and S = 10 it starts at t = 901 (uniform) or near t = 800 (quadratic).
     """
     times = []
     for i in range(S, 0, -1):
@@ -220,7 +230,7 @@ def ddim_timesteps(T, S, spacing="uniform"):
 
 
 def slerp(x, y, u):
-    """From x (u = 0) to y (u = 1) along the arc between them (DDIM, Eq. 67).
+    """Spherical interpolation, along the arc from x (u = 0) to y (u = 1) (DDIM, Eq. 67).
 
     Noise of d pixels has a norm near sqrt(d), and two independent x_T are almost orthogonal. All
     points of the arc between them have about this norm too. Halfway along the straight line it
@@ -230,6 +240,7 @@ def slerp(x, y, u):
     if cosine < -0.9999:
         raise ValueError("x and y are opposite: infinitely many arcs lead from one to the other")
     angle = cosine.clamp(max=0.9999).acos()  # never 0: equal x and y would give 0 / 0
+    # If x and y have the same norm, these weights turn x by u * angle towards y.
     x_weight = ((1 - u) * angle).sin()
     y_weight = (u * angle).sin()
     return (x_weight * x + y_weight * y) / angle.sin()
@@ -237,7 +248,10 @@ def slerp(x, y, u):
 
 # 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000.
+
+    The fast waves tell neighbouring t apart, the slow ones early from late.
+    """
     k = torch.arange(d // 2, device=t.device)
     frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
@@ -245,7 +259,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
+    """x (B, c_in, H, W), time_emb (B, d_time), made from t by UNet -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -256,8 +270,9 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
-        # passes signals forward and gradients backward unhindered, and training is stable.
+        # With these zeros, the untrained block is its skip path plus a constant (conv2's bias). A
+        # deep stack then passes signals forward and gradients backward unhindered, and training is
+        # stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -298,7 +313,7 @@ class UNet(nn.Module):
     def __init__(self, channels, widths, blocks):
         super().__init__()
         d_time = 4 * widths[0]
-        self.d = widths[0]  # the length of the time embedding
+        self.d = widths[0]  # how many sines and cosines of t
         self.time = nn.Sequential(
             nn.Linear(self.d, d_time),
             nn.SiLU(),
@@ -317,7 +332,7 @@ class UNet(nn.Module):
                 nn.Upsample(scale_factor=2),
                 nn.Conv2d(c_below, c, 3, padding=1)
             )
-            # 2 * c channels: h, concatenated with the output of a block on the way down
+            # 2 * c channels: the features so far, and the output of a block on the way down
             level = [upsample] + [ResBlock(2 * c, c, d_time) for _ in range(blocks)]
             self.up.append(nn.ModuleList(level))
         c = widths[-1]
@@ -327,7 +342,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Conv2d(widths[0], channels, 3, padding=1)
         )
-        nn.init.zeros_(self.last[2].weight)  # at first, eps_hat is near 0, and the loss near 1
+        nn.init.zeros_(self.last[2].weight)  # the loss begins near 1, the variance of eps
 
     def forward(self, xt, t):
         time_emb = self.time(time_embedding(t, self.d))  # (B, d_time)
@@ -362,7 +377,7 @@ def load_mnist_and_test(data, root):
         socket.setdefaulttimeout(10)  # seconds; without it, a dead connection would hang
         try:
             images = MNIST(root, download=True).data.unsqueeze(1)
-            test_images = MNIST(root, train=False).data.unsqueeze(1)
+            test_images = MNIST(root, train=False).data.unsqueeze(1)  # came with the download
             return images, test_images[:8], "mnist"
         except Exception as error:  # no network, a full disk, a damaged file: go on with mnist5k
             print(
@@ -394,7 +409,7 @@ def lr_factor(step, steps):
     Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
     Towards the end, smaller and smaller updates average out the noise of the batches.
     """
-    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    warm_up = 30 * (step + 1) / steps  # reaches cool_down after about a thirtieth of training
     cool_down = 1 - step / steps
     return min(warm_up, cool_down)
 
@@ -405,9 +420,9 @@ def update_ema(ema, model, step):
 
     The weights jitter from training step to training step. The averaged weights do not, and a
     network that uses them generates clearer images. The average spans about 1 / (1 - decay)
-    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
-    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
-    still be the random initial weights after 6,900 training steps.
+    training steps. Here that is (10 + step) / 9, or about the last ninth of the training so far,
+    and 10,000 at most. With a decay of 0.9999 from the start, as in the paper, half of the average
+    would still be the random initial weights after 6,900 training steps.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters()):
@@ -436,7 +451,7 @@ def train(diffusion, model, images, steps, batch_size, lr):
                     loss = diffusion.loss(model, x0)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # for rare extreme batches
                 optimizer.step()
                 update_ema(ema, model, step)
                 losses.append(loss.detach())  # .item() here would make every step wait for the GPU
@@ -453,12 +468,12 @@ def train(diffusion, model, images, steps, batch_size, lr):
 
 
 # 7. Run ---------------------------------------------------------------------------------------
-# The samplers that are compared, by the names of their files. Anything not given takes
-# ddim_sample's default: eta = 0, uniform times, and the variance beta_tilde. The last one must be
-# ddim, because samples.png shows the last samples.
+# The samplers that are compared: the name, with which their files begin, and the arguments of
+# ddim_sample. What is not given has its default: eta = 0, uniform times, the variance beta_tilde.
+# The last one must be ddim, because samples.png shows the last samples.
 SAMPLERS = dict(
-    ddpm=dict(eta=1.0, variance="beta"),
-    eta1=dict(eta=1.0),
+    ddpm=dict(eta=1.0, variance="beta"),  # as in ddpm_mnist.py
+    eta1=dict(eta=1.0),  # DDPM with its other variance
     quadratic=dict(spacing="quadratic"),
     ddim=dict()
 )
@@ -492,7 +507,8 @@ SMOKE = dict(  # a quick self-test: the samples are noise
 )
 # Saved in model.pt, so that load_model can refuse a network that was trained for another task.
 TASK = "28x28 images with the linear schedule"
-TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]  # refused with --load
+# Refused with --load. (--data is not: the images that are inverted come from it.)
+TRAINING_FLAGS = ["steps", "batch_size", "lr", "T"]
 
 
 def within(low, high, kind=int):
@@ -509,7 +525,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
@@ -519,7 +535,7 @@ def add_common_flags(parser):
     """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    # predict_x0 divides by sqrt(alpha_bar_T), but beyond T = 8,600 float32 cannot hold alpha_bar_T.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
     flag("--batch-size", type=positive, help="images per training step")
@@ -585,9 +601,10 @@ def new_files(out):
 
 
 def save_model(ema, args, data, path):
-    """What --load needs, and facts about the training."""
+    """Save what --load needs, and some facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    # In memory first, because torch.save reports a full disk as a RuntimeError, and new_files only
+    # expects an OSError.
     buffer = io.BytesIO()
     torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
     path.write_bytes(buffer.getvalue())
@@ -605,9 +622,10 @@ def load_model(path):
         T = settings["T"]
     except OSError as error:
         sys.exit(f"--load {path}: {error.strerror}")
-    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+    except Exception as error:  # torch.load's own message would suggest weights_only=False
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # Does its UNet take other arguments than ours ("attention" may be missing), or other channels?
+    # ^: the names of arguments that only one of the two UNets takes. ("attention" does not count,
+    # because it is optional where it exists, in ddpm_cifar.py.)
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
@@ -643,12 +661,14 @@ def plot_loss(losses, path):
 def compare(xT, diffusion, model, S_values, samplers, seed, clip):
     """Yield S, the name of a sampler, and its x_0 (N, C, H, W), made from x_T in S steps.
 
-    An S above T counts as T.
+    samplers: {name: arguments of ddim_sample}. An S above T counts as T.
     """
     for S in sorted({min(S, diffusion.T) for S in S_values}):
         for name, options in samplers.items():
+            # In T steps there is only one choice of times, so quadratic would be ddim, and eta1
+            # would differ from ddpm only in the variance.
             if S == diffusion.T and name in ["eta1", "quadratic"]:
-                continue  # over all T steps, eta1 is almost ddpm, and quadratic is exactly ddim
+                continue
             # The samplers that add noise all get the same z, so that they can be compared. main
             # made x_T with `seed`. Here the same seed would make the first z equal to x_T.
             torch.manual_seed(seed + 1)
@@ -661,16 +681,16 @@ def compare(xT, diffusion, model, S_values, samplers, seed, clip):
 
 @torch.no_grad()
 def estimates(diffusion, model, xT, clip):
-    """Times t on the way from x_T to x_0 (eta = 0), and x0_hat there.
+    """Returns times t on the way from x_T to x_0 (eta = 0), and the estimates x0_hat at these.
 
-    x0_hat is {1: images (len(times), 1, 28, 28) from the first x_T, 2: those from the second, ...}.
+    The estimates are {n: images (len(times), 1, 28, 28) on the way from the n-th x_T}, from n = 1.
 
     Why not stop at the first estimate? At t = T, x_t contains almost no signal, and predict_x0
     divides by sqrt(alpha_bar_T). With T = 1000 this multiplies the errors of eps_hat by 157, so
     x0_hat is nothing but specks. At t = 800, x0_hat is a blur, almost the same for every x_T. The
-    squared error is smallest for the conditional mean, that is, the average of all images that x_t
-    may have come from, and these are still digits of every kind. Fewer remain after each step,
-    until the average is a single digit.
+    squared error, for which the network is trained, is smallest for the conditional mean, that is,
+    for the average of all images that x_t may have come from, and these are still digits of every
+    kind. Fewer remain after each step, until the average is a single digit.
     """
     fractions = [1, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0]
     times = sorted({max(1, round(u * diffusion.T)) for u in fractions}, reverse=True)
@@ -681,6 +701,7 @@ def estimates(diffusion, model, xT, clip):
             eps_hat = model(xt, torch.full((len(xt),), t, device=xt.device))
             x0_hats.append(diffusion.predict_x0(xt, t, eps_hat))
         xt = diffusion.ddim_step(model, xt, t, t - 1, clip=clip)
+    # Stacked, they are (number of x_T, len(times), 1, 28, 28).
     return times, dict(enumerate(torch.stack(x0_hats, dim=1), 1))
 
 
@@ -716,12 +737,12 @@ def plot_rows(blocks, path, column_labels=()):
     figure = Figure(figsize=(10, 5))
     for number, (title, rows) in enumerate(blocks.items(), 1):
         images = to_bytes(torch.cat(list(rows.values())))
-        grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)
+        grid = make_grid(images, nrow=len(images) // len(rows), pad_value=255)  # nrow: in each row
         axes = figure.add_subplot(1, len(blocks), number, title=title)
         axes.imshow(grid.permute(1, 2, 0).numpy())
         # make_grid puts 2 white pixels before each image of 28 and after the last. So the centre of
         # image k = 0, 1, ... is at 16 + 30 k.
-        axes.set_yticks(range(16, 30 * len(rows), 30), rows)
+        axes.set_yticks(range(16, 30 * len(rows), 30), rows)  # the keys are the labels
         axes.set_xticks(range(16, 30 * len(column_labels), 30), column_labels)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -767,8 +788,8 @@ def main(argv=None):
             samples = to_bytes(x0)  # (N, 1, 28, 28)
             with new_files(args.out) as folder:
                 np.savez(folder / f"{name}_{S:04}.npz", samples.permute(0, 2, 3, 1).numpy())
-            # For steps.png, which shows ddpm and ddim (eta1 and quadratic are in the .npz files
-            # alone). A copy, because a view would keep all of x0 in memory.
+            # For steps.png (which will use only those of ddpm and ddim). A copy, because a view
+            # would keep all of x0 in memory.
             steps_rows.setdefault(name, {})[f"S = {S}"] = x0[:8].clone()
         report += f"{args.samples} samples of each sampler in {time.perf_counter() - began:.0f} s"
         xT = xT[:8]  # for the other figures
@@ -786,6 +807,7 @@ def main(argv=None):
         save_grid(samples[:64], folder / "samples.png")  # the last: ddim with the largest S
         plot_rows(steps_blocks, folder / "steps.png")
         plot_rows(eta_blocks, folder / "eta.png")
+        # The labels of the columns, which are the times, continue the title.
         plot_rows({r"$\hat x_0$ from eight $x_T$ at t =": x0_hats}, folder / "estimates.png", times)
         plot_rows({"from one $x_T$ to another": arcs}, folder / "interpolation.png")
         plot_rows({"": inverted}, folder / "inversion.png")

@@ -48,10 +48,11 @@ matplotlib.rcdefaults()  # a matplotlibrc file on this machine should not change
 
 # 1. Forward process ---------------------------------------------------------------------------
 def linear_beta(T=1000):
-    """The linear schedule (DDPM, Section 4): (T+1,) float64, 1e-4 at t = 1 to 0.02 at t = T.
+    """beta_t, the variance of the noise that step t adds: (T+1,) float64 (DDPM, Section 4).
 
-    beta[0] = 0 is only there so that beta[t] is the paper's beta_t. The schedule is meant for
-    T = 1000. With T = 100, a third of the signal's variance would survive until x_T.
+    It rises linearly from 1e-4 at t = 1 to 0.02 at t = T. beta[0] = 0 is only there so that beta[t]
+    is the paper's beta_t. The schedule is meant for T = 1000. With T = 100, a third of the image's
+    variance would survive in x_T, but sampling starts from pure noise.
     """
     beta = torch.zeros(T + 1, dtype=torch.float64)
     beta[1:] = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -71,17 +72,18 @@ class Diffusion:
                         alpha_bar_t = alpha_1 alpha_2 ... alpha_t
     eps_t and eps are Gaussian noise, N(0, I). q is the distribution of this forward process.
 
-    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance in
-    Eq. 7) are tables of length T+1. Entry t belongs to the paper's step t, and entry 0 to the clean
-    image, to which no noise has been added yet. dtype: of the tables (the tests use float64).
-    The methods take images (B, C, H, W) and t, which is (B,), or an int for the whole batch.
-    model: any callable eps_hat = model(xt, t). It always receives t as (B,).
+    The attributes beta, alpha, alpha_bar, one_minus_alpha_bar and beta_tilde (the variance of
+    x_{t-1} if x_t and x_0 are known, Eq. 7) are tables of length T+1. Entry t belongs to the
+    paper's step t, and entry 0 to the clean image, to which no noise has been added yet. dtype is
+    that of the tables (the tests use float64).
+    The methods take images (B, C, H, W), with pixels in [-1, 1], and t, which is (B,), or an int
+    for the whole batch. model: any callable eps_hat = model(xt, t). It always gets t as (B,).
     """
 
     def __init__(self, beta, device="cpu", dtype=torch.float32):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)  # called alphas_cumprod in much other code; alpha_bar[0] = 1
-        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0, as the formula needs t - 1
+        beta_tilde = torch.zeros_like(beta)  # entry 0 stays 0: there is no alpha_bar_{-1}
         beta_tilde[1:] = (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:]) * beta[1:]  # DDPM, Eq. 7
         self.T = len(beta) - 1
         # All of this is computed in float64 and rounded at the end, because near t = 1 alpha_bar is
@@ -117,7 +119,11 @@ class Diffusion:
         return (xt - eps_scale * eps_hat) / x0_scale
 
     def q_posterior(self, x0, xt, t):
-        """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7)."""
+        """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7).
+
+        This follows from Bayes' rule. The mean lies between x_0 and x_t: near x_t for most t, and
+        near x_0 for the last few.
+        """
         noise_variance = at(self.one_minus_alpha_bar, t)
         x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
         xt_weight = at(self.alpha, t).sqrt() * at(self.one_minus_alpha_bar, t - 1) / noise_variance
@@ -128,6 +134,7 @@ class Diffusion:
     def p_sample(self, model, xt, t, clip=True, variance="beta"):
         """x_{t-1} from x_t (DDPM, Algorithm 2). t: an int, the same for the whole batch.
 
+        variance: that of the noise which the step adds, "beta" or "beta_tilde".
         The mean of x_{t-1} is that of q_posterior, with x0_hat for the unknown x_0. If nothing is
         clipped, it is (x_t - beta_t / sqrt(1 - alpha_bar_t) * eps_hat) / sqrt(alpha_t), Eq. 11.
         """
@@ -136,13 +143,15 @@ class Diffusion:
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
-        # Even without errors, x0_hat at large t is only a blurred average of many digits. But the
-        # mean of x_{t-1} needs just this average. The step moves only a little towards it, since
-        # x0_weight in q_posterior is small then, and the next step asks the network again.
+        # At large t, many digits could have led to this x_t, and even a perfect x0_hat is only
+        # their average, a blurred image. That does no harm. The mean of x_{t-1} is linear in x_0,
+        # so the average of the means for these digits is the mean for their average. And the step
+        # moves only a little towards x0_hat, since x0_weight in q_posterior is small then. The next
+        # step asks the network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
-        if variance == "beta":  # two choices with similar results (Section 3.2)
+        if variance == "beta":  # two choices with similar results (DDPM, Section 3.2)
             sigma2 = at(self.beta, t)
         else:
             sigma2 = beta_tilde
@@ -160,7 +169,10 @@ class Diffusion:
 
 # 4. Network -----------------------------------------------------------------------------------
 def time_embedding(t, d):
-    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000."""
+    """t (B,) -> (B, d): sin and cos of t at d/2 frequencies, from 1 down to 1/10000.
+
+    The fast waves tell neighbouring t apart, the slow ones early from late.
+    """
     k = torch.arange(d // 2, device=t.device)
     frequency = 10_000 ** (-k / (d // 2 - 1))
     angle = t[:, None] * frequency
@@ -168,7 +180,7 @@ def time_embedding(t, d):
 
 
 class ResBlock(nn.Module):
-    """x (B, c_in, H, W), time_emb (B, d_time) -> (B, c_out, H, W)."""
+    """x (B, c_in, H, W), time_emb (B, d_time), made from t by UNet -> (B, c_out, H, W)."""
 
     def __init__(self, c_in, c_out, d_time):
         super().__init__()
@@ -179,8 +191,9 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(c_out // 16, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        # At first the block is its skip path plus a constant (the bias of conv2). So a deep stack
-        # passes signals forward and gradients backward unhindered, and training is stable.
+        # With these zeros, the untrained block is its skip path plus a constant (conv2's bias). A
+        # deep stack then passes signals forward and gradients backward unhindered, and training is
+        # stable.
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x, time_emb):
@@ -235,7 +248,7 @@ class UNet(nn.Module):
     def __init__(self, channels, widths, blocks, attention=()):
         super().__init__()
         d_time = 4 * widths[0]
-        self.d = widths[0]  # the length of the time embedding
+        self.d = widths[0]  # how many sines and cosines of t
         self.time = nn.Sequential(
             nn.Linear(self.d, d_time),
             nn.SiLU(),
@@ -254,7 +267,7 @@ class UNet(nn.Module):
                 nn.Upsample(scale_factor=2),
                 nn.Conv2d(c_below, c, 3, padding=1)
             )
-            # 2 * c channels: h, concatenated with the output of a block on the way down
+            # 2 * c channels: the features so far, and the output of a block on the way down
             level = [upsample] + [block(2 * c, c, d_time) for _ in range(blocks)]
             self.up.insert(0, nn.ModuleList(level))
         c = widths[-1]
@@ -369,7 +382,7 @@ def lr_factor(step, steps):
     Adam's first estimates of the gradient's magnitude are poor, so the first updates must be small.
     Towards the end, smaller and smaller updates average out the noise of the batches.
     """
-    warm_up = 30 * (step + 1) / steps  # ends after about a thirtieth of training
+    warm_up = 30 * (step + 1) / steps  # reaches cool_down after about a thirtieth of training
     cool_down = 1 - step / steps
     return min(warm_up, cool_down)
 
@@ -380,9 +393,9 @@ def update_ema(ema, model, step):
 
     The weights jitter from training step to training step. The averaged weights do not, and a
     network that uses them generates clearer images. The average spans about 1 / (1 - decay)
-    training steps, which is (10 + step) / 9 here, the last ninth of training so far, up to a limit
-    of 10,000. With a decay of 0.9999 from the start, as in the paper, half of the average would
-    still be the random initial weights after 6,900 training steps.
+    training steps. Here that is (10 + step) / 9, or about the last ninth of the training so far,
+    and 10,000 at most. With a decay of 0.9999 from the start, as in the paper, half of the average
+    would still be the random initial weights after 6,900 training steps.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), model.parameters()):
@@ -430,7 +443,7 @@ def train_resumable(diffusion, model, images, args):
                     loss = diffusion.loss(model, x0)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # tames the odd extreme batch
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # for rare extreme batches
                 optimizer.step()
                 update_ema(ema, model, step)
                 losses.append(loss.detach())  # .item() here would make every step wait for the GPU
@@ -518,7 +531,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta", for one, cannot return a result
+        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
@@ -528,7 +541,7 @@ def add_common_flags(parser):
     """The flags that this script has in common with the other training scripts."""
     flag = parser.add_argument
     positive = within(1, 10**9)
-    # predict_x0 divides by the root of alpha_bar_T, which float32 can hold up to about T = 8,600.
+    # predict_x0 divides by sqrt(alpha_bar_T), but beyond T = 8,600 float32 cannot hold alpha_bar_T.
     flag("--T", type=within(1, 8000), help="diffusion steps")
     flag("--steps", type=positive, help="training steps")
     flag("--batch-size", type=positive, help="images per training step")
@@ -613,9 +626,10 @@ def new_files(out):
 
 
 def save_model(ema, args, data, path):
-    """What --load needs, and facts about the training."""
+    """Save what --load needs, and some facts about the training."""
     settings = dict(task=TASK, T=args.T, steps=args.steps, data=data)
-    # In memory first, because torch.save would report a full disk as a RuntimeError.
+    # In memory first, because torch.save reports a full disk as a RuntimeError, and new_files only
+    # expects an OSError.
     buffer = io.BytesIO()
     torch.save(dict(network=args.unet, ema=ema.state_dict(), settings=settings), buffer)
     path.write_bytes(buffer.getvalue())
@@ -668,9 +682,10 @@ def load_model(path):
         T = settings["T"]
     except OSError as error:
         sys.exit(f"--load {path}: {error.strerror}")
-    except Exception as error:  # torch.load's own message is left out: it suggests unsafe loading
+    except Exception as error:  # torch.load's own message would suggest weights_only=False
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # Does its UNet take other arguments than ours ("attention" may be missing), or other channels?
+    # ^: the names of arguments that only one of the two UNets takes. ("attention" does not count,
+    # because it is optional where it exists, in ddpm_cifar.py.)
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
