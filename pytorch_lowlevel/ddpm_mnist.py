@@ -6,7 +6,7 @@ adds a little Gaussian noise. A network is given x_t and t and learns to predict
 which also yields an estimate of x_0. The reverse process starts from pure noise. Each of its steps
 moves towards that estimate, at first very little, and each but the last adds a little fresh noise.
 
-    python pytorch_lowlevel/ddpm_mnist.py        # 4 to 10 minutes on two CPU cores, with sampling
+    python pytorch_lowlevel/ddpm_mnist.py        # 3 to 10 minutes on two CPU cores, with sampling
     python pytorch_lowlevel/ddpm_mnist.py --load assets/ddpm_mnist.pt  # generate without training
 
 Writes to runs/ddpm_mnist/ (with --load to the subfolder loaded/, with --smoke to smoke/):
