@@ -311,7 +311,7 @@ def autocast(device):
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
