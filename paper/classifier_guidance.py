@@ -154,10 +154,10 @@ class Diffusion:
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
             # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
-            # DDPM's mean mixes the clipped x0_hat with x_t itself, and only so is it the same here.
+            # DDPM's mean mixes the clipped x0_hat with x_t itself. With this eps_hat ours is the same.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
-        # Unlike the tables in __init__, this is computed in float32. It is then off by about 1e-7,
-        # which is little even beside the smallest beta, 1e-4.
+        # Unlike the tables in __init__, this is computed in float32. The error is then about 1e-7,
+        # which is small even compared with the smallest beta, 1e-4.
         beta = 1 - alpha_bar / alpha_bar_next
         sigma2 = eta**2 * beta * noise_variance_next / noise_variance
         direction = (noise_variance_next - sigma2).sqrt() * eps_hat  # from x0_hat towards x_t
