@@ -153,7 +153,7 @@ class Diffusion:
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
             # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
-            # DDPM's mean mixes the clipped x0_hat with x_t itself. With this eps_hat ours is the same.
+            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat ours is equal.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         # Unlike the tables in __init__, this is computed in float32. The error is then about 1e-7,
         # which is small even compared with the smallest beta, 1e-4.
