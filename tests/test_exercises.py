@@ -339,6 +339,10 @@ MISTAKES = {
             ("(1 - beta).cumprod(0)", "(1 - beta).cumprod(0).sqrt()", "coefficient of x_0"),
             ("return beta, alpha_bar", "return alpha_bar, beta", "beta[0]"),
             ("return beta, alpha_bar", "return alpha_bar", "two tables"),
+            ("T, T, dtype=torch.float64)", "T, T + 1).double()[:-1]", "one step later"),
+            ("T, T, dtype=torch.float64)", "T, T + 1).double()[1:]", "not to t = 0"),
+            ("(0.1 / T, 20 / T, T, dtype=torch.float64)", "(0, 20 / T, T + 1)[1:]", "not from 0"),
+            ("T, T, dtype=torch.float64)", "T, T).double()", "beta was computed in float32"),
         ],
         "q_sample": [
             ("(1 - a).sqrt() * eps", "(1 - a) * eps", "this is the variance"),
@@ -367,6 +371,7 @@ MISTAKES = {
             ("torch.randn_like(x0)", "torch.randn(1, 2)", "all points have the same noise"),
             ("torch.randn_like(x0)", "torch.randn_like(x0[:1])", "all points have the same noise"),
             (".mean()", ".mean().sqrt()", "root"),
+            ("model(xt, t)", "nn.Module()(xt, t)", "stopped with NotImplementedError"),
         ],
         "train_step": [
             ("    optimizer.zero_grad()\n", "", "were added"),
@@ -389,7 +394,7 @@ MISTAKES = {
         "train": [
             ("        update_ema(ema, model, decay)\n", "", "never updated"),
             ("copy.deepcopy(model)", "model", "model itself"),
-            ("min(0.999, (1 + step) / (10 + step))", "0.999", "0.999 from the start"),
+            ("(1 + step) / (10 + step)", "0.999", "0.999 from the start"),
             ("range(steps)", "range(steps - 1)", "30 new batches"),
             ("parameters(), lr)", "parameters(), 1e-3)", "lr"),
             ("return ema, losses", "return ema", "two things"),
@@ -397,8 +402,10 @@ MISTAKES = {
             ("return ema, losses", "return ema, losses[-1]", "list"),
             ("Adam(", "SGD(", "by Adam"),
             ("model.parameters(), lr", "ema.parameters(), lr", "not moved"),
-            ("update_ema(ema, model, decay)", "update_ema(ema, model, 1 - decay)", "averaged"),
-            ("(1 + step) / (10 + step)", "(2 + step) / (11 + step)", "averaged"),
+            ("update_ema(ema, model, decay)", "update_ema(ema, model, 1 - decay)", "swapped"),
+            ("(1 + step) / (10 + step)", "(2 + step) / (11 + step)", "but yours is 2/11"),
+            ("(1 + step) / (10 + step)", "step / (9 + step)", "but yours is 0"),
+            ("        losses", "        update_ema(ema, model, (1 + step) / (10 + step))\n        losses"),
         ],
         "p_sample": [
             ("(len(xt),), t)", "(len(xt),), t + 1)", "must be given 25, not 26"),
@@ -413,6 +420,11 @@ MISTAKES = {
             ("t - 1, xt)", "t, xt)", "alpha_bar_t was used"),
             ("return mean +", "mean +", "return x_"),
             ("+ b.sqrt() * z", "", "there is no noise"),
+            ("x0_weight = a_before", "x0_weight = a", "in the weight of x0_hat"),
+            ("* (1 - a_before) / (1 - a)", "", "in the weight of x_t"),
+            ("b / (1 - a)", "b / (1 - a_before)", "denominator next to x0_hat"),
+            ("b / (1 - a)", "b", "missing next to x0_hat"),
+            ("(1 - a_before) / (1 - a)", "(1 - a_before)", "missing next to x_t"),
         ],
         "sample": [
             ("range(T, 0,", "range(T, 1,", "down to 1"),
