@@ -95,6 +95,22 @@ def run(path, *flags, cwd=ROOT, **environment):
     )
 
 
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """smoke(path): the folder of a --smoke run of a script, run once as a program."""
+    base = tmp_path_factory.mktemp("smoke")
+    done = {}
+
+    def folder(path):
+        if path not in done:
+            done[path] = run(path, "--smoke", "--seed", "3", cwd=base)
+            assert done[path].returncode == 0, done[path].stderr
+        return base / "runs" / Path(path).stem / "smoke"
+
+    folder.output = lambda path: done[path]
+    return folder
+
+
 def one_line(path, flags, capsys):
     """The line with which the script refuses these flags: sys.exit(message) or parser.error."""
     capsys.readouterr()
