@@ -17,7 +17,8 @@ import torch
 from conftest import CIFAR, MNIST, ROOT, SCRIPTS, TRAIN, each, first_of, load, one_line
 from PIL import Image
 
-RESUMABLE = [CIFAR, "paper/ddpm_paper.py"]
+PAPER = "paper/ddpm_paper.py"
+RESUMABLE = [CIFAR, PAPER]
 TIMED = {"race.png"}  # figures with a clock for an axis
 
 
@@ -169,6 +170,25 @@ def test_help_prints_the_defaults_of_the_dictionaries(path, capsys):
     for settings in (getattr(load(path), name, {}) for name in ("CPU", "GPU")):
         for name, value in settings.items():
             assert f"'{name}': {value!r}" in text, name
+    if path in TRAIN:
+        assert f"defaults on a CPU: {load(path).CPU}" in text
+        assert f"defaults with CUDA: {load(path).GPU}" in text
+
+
+@each(TRAIN)
+def test_with_a_gpu_the_network_is_that_of_the_lesson(path):
+    """Widths from 64 on and two blocks (DDPM's from 128 on), and a recipe for larger batches."""
+    script = load(path)
+    unet = script.GPU["unet"]
+    widths = {CIFAR: [64, 128, 256, 512], PAPER: [128, 256, 256, 256]}.get(path, [64, 128, 256])
+    assert unet["widths"] == widths and unet["blocks"] == 2
+    assert unet["channels"] == script.CPU["unet"]["channels"]
+    assert unet.get("attention", [1]) == [1] and unet.get("classes", 10) == 10
+    assert script.GPU["batch_size"] == (128 if path in RESUMABLE else 256)
+    assert script.GPU["lr"] == (2e-4 if path in RESUMABLE else 5e-4)
+    assert script.GPU["steps"] >= 6000 > script.CPU["steps"]
+    for name in ("T", "data", "data_root", "seed"):
+        assert script.GPU[name] == script.CPU[name]
 
 
 class Stub(torch.nn.Module):
@@ -418,9 +438,9 @@ def test_a_network_for_another_schedule_or_size_is_refused(task, smoke, tmp_path
 def test_an_output_folder_that_cannot_be_written_stops_the_run_at_once(path, tmp_path, capsys):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "folder"):
-        began = time.perf_counter()
         message = one_line(path, ["--smoke", "--out", out], capsys)
-        assert str(out) in message and time.perf_counter() - began < 5
+        assert str(out) in message
+        assert not capsys.readouterr().out  # so not even the data have been loaded
 
 
 @first_of(TRAIN)

@@ -147,6 +147,42 @@ def test_samples_are_those_of_the_sampler(path, monkeypatch, tmp_path):
         assert np.array_equal(np.array(picture), grid(expected, columns=2))
 
 
+@first_of(
+    [
+        "paper/ddim_sampling.py",
+        "paper/classifier_free_guidance.py",
+        "paper/classifier_guidance.py",
+        "paper/cosine_schedule.py",
+        "paper/progressive_training.py",
+    ]
+)
+def test_archives_hold_the_images_of_the_sampler_upright(path, monkeypatch, tmp_path):
+    """In every .npz, each image is the one that the sampler has returned, in its order."""
+    script = load(path)
+
+    def made(shape):
+        return torch.from_numpy((known_bytes(shape) - 0.3) / 127.5 - 1).float()
+
+    def ddim_sample(self, model, shape, *args, xT=None, **options):
+        return made(shape if xT is None else xT.shape)
+
+    if "cosine" in path:
+        monkeypatch.setattr(script, "sample_respaced", lambda *args: made(args[4]))
+    else:
+        monkeypatch.setattr(script.Diffusion, "ddim_sample", ddim_sample)
+    count = 12
+    flags = ["--S", "2"] if "ddim" in path else []
+    script.main(["--smoke", *flags, "--samples", str(count), "--out", str(tmp_path)])
+    expected = known_bytes((count, 28, 28, 1))
+    if "progressive" in path:  # the digits were padded with a frame of 2
+        expected = known_bytes((count, 32, 32, 1))[:, 2:-2, 2:-2]
+    archives = sorted(tmp_path.glob("*.npz"))
+    assert len(archives) >= 2
+    for archive in archives:
+        with np.load(archive) as file:
+            assert np.array_equal(file["arr_0"], expected), archive.name
+
+
 @pytest.fixture
 def kept(monkeypatch):
     """kept(script): {name of the file: the Figure saved there}, as they come."""
