@@ -573,7 +573,7 @@ MISTAKES = {
         "to_v": [
             ("signal * eps - noise * x0", "noise * x0 - signal * eps", "wrong sign"),
             ("signal * eps - noise * x0", "signal * x0 + noise * eps", "x_t itself"),
-            ("at(alpha_bar, t, x0).sqrt()", "at(alpha_bar, t, x0)", "root of alpha_bar_t is missing"),
+            ("at(alpha_bar, t, x0).sqrt()", "at(alpha_bar, t, x0)", "root of alpha_bar_t is"),
             ("signal * eps - noise * x0", "noise * eps - signal * x0", "the sine are swapped"),
             ("signal * eps - noise * x0", "signal * eps + noise * x0", "one of the two terms"),
             ("    return", "    eps *= 1.001\n    return", "changes eps in place"),
