@@ -156,7 +156,8 @@ class Diffusion:
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
             # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
-            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat ours is equal.
+            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat, ours is equal
+            # to it if eta = 1 and t_next = t - 1.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         # Unlike the tables in __init__, this is computed in float32. The error is then about 1e-7,
         # which is small even compared with the smallest beta, 1e-4.
@@ -228,11 +229,14 @@ def guided_eps(model, xt, t, y, w):
     w = 0 ignores the labels, w = 1 is sampling with labels but without guidance, w > 1 exaggerates
     what the labels contribute, and w < 0 steers away from them.
 
-    Why it works: -eps_hat / sqrt(1 - alpha_bar_t) estimates the gradient of log p(x_t), along which
-    x_t becomes more probable. By Bayes' rule, log p(y | x_t) = log p(x_t | y) - log p(x_t) + const.
-    So -(eps_y - eps_null) points to where the label y is more certain. (Minus, because a step moves
-    against eps_hat.) w = 1 moves x_t in this direction as far as is right for p(x_t | y). w > 1
-    goes further, towards typical digits and away from ambiguous ones.
+    Why it works: for a known x_0, the gradient of log p(x_t) is -eps / sqrt(1 - alpha_bar_t). The
+    network predicts the average of eps, so -eps_null / sqrt(1 - alpha_bar_t) estimates the gradient
+    of log p(x_t), along which x_t becomes more probable, and eps_y in its place that of
+    log p(x_t | y). By Bayes' rule, log p(y | x_t) = log p(x_t | y) - log p(x_t) + log p(y), and the
+    last term does not depend on x_t. So the gradient of log p(y | x_t) is a positive multiple of
+    -(eps_y - eps_null): this points to where the label y is more certain. (Minus, because a step
+    moves against eps_hat.) w = 1 moves x_t in this direction as far as is right for p(x_t | y).
+    w > 1 goes further, towards typical digits and away from ambiguous ones.
 
     The paper writes (1 + w') eps_y - w' eps_null, with w' = w - 1 (Ho & Salimans, Eq. 6).
     model: any callable eps_hat = model(xt, t, y). y: (B,).
@@ -492,9 +496,9 @@ CPU = dict(  # as in ddpm_mnist.py, but with more training steps, because there 
     seed=0,
 )
 GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
-    unet=dict(channels=1, widths=[64, 128, 256], blocks=2, classes=10),  # the lesson's widths
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2, classes=10),  # the widths of lesson 33
     steps=6000,  # 25 times through MNIST
-    batch_size=256,  # the upper end of the lesson's 128 to 256
+    batch_size=256,  # the upper end of the lesson's range
     lr=5e-4,  # a wider network needs a smaller rate
     samples=2000,  # makes the scores of fid_is.py more precise
 )
@@ -524,7 +528,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
+        torch.ones(1, device=text).item()  # reads the value, which "meta" does not have
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
@@ -641,8 +645,8 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message would suggest weights_only=False
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # ^: the names of arguments that only one of the two UNets takes. ("attention" does not count,
-    # because it is optional where it exists, in ddpm_cifar.py.)
+    # The file's UNet and ours must take the same arguments: ^ gives the names that only one of them
+    # has. ("attention" does not count, because it is optional where it exists, in ddpm_cifar.py.)
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")

@@ -154,7 +154,8 @@ class Diffusion:
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
             # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
-            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat ours is equal.
+            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat, ours is equal
+            # to it if eta = 1 and t_next = t - 1.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         # Unlike the tables in __init__, this is computed in float32. The error is then about 1e-7,
         # which is small even compared with the smallest beta, 1e-4.
@@ -544,9 +545,9 @@ CPU = dict(  # as in ddpm_mnist.py, with fewer training steps, since guidance ma
     seed=0,
 )
 GPU = CPU | dict(  # informed guesses: these scripts have not yet been run on a GPU
-    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the lesson's widths
+    unet=dict(channels=1, widths=[64, 128, 256], blocks=2),  # the widths of lesson 33
     steps=6000,  # 30 times through five sixths of MNIST
-    batch_size=256,  # the upper end of the lesson's 128 to 256
+    batch_size=256,  # the upper end of the lesson's range
     lr=5e-4,  # a wider network needs a smaller rate
     samples=2000,  # enough for the scores of fid_is.py
 )
@@ -578,7 +579,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
+        torch.ones(1, device=text).item()  # reads the value, which "meta" does not have
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
@@ -694,8 +695,8 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message would suggest weights_only=False
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # ^: the names of arguments that only one of the two UNets takes. ("attention" does not count,
-    # because it is optional where it exists, in ddpm_cifar.py.)
+    # The file's UNet and ours must take the same arguments: ^ gives the names that only one of them
+    # has. ("attention" does not count, because it is optional where it exists, in ddpm_cifar.py.)
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")

@@ -139,7 +139,7 @@ class Diffusion:
         """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7).
 
         This follows from Bayes' rule. The mean lies between x_0 and x_t: near x_t for most t, and
-        near x_0 for the last few.
+        close to x_0 only in the last steps of sampling (at t = 1 it is x_0, at t = 2 halfway).
         """
         noise_variance = at(self.one_minus_alpha_bar, t)
         x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
@@ -160,11 +160,12 @@ class Diffusion:
         x0_hat = self.predict_x0(xt, t, eps_hat)
         if clip:  # at large t, dividing by the small x0_scale magnifies the errors of eps_hat
             x0_hat = x0_hat.clamp(-1, 1)
-        # At large t, many digits could have led to this x_t, and even a perfect x0_hat is only
-        # their average, a blurred image. That does no harm. The mean of x_{t-1} is linear in x_0,
-        # so the average of the means for these digits is the mean for their average. And the step
-        # moves only a little towards x0_hat, since x0_weight in q_posterior is small then. The next
-        # step asks the network again.
+        # At large t, many digits could have led to this x_t. Squared error is smallest for their
+        # average, so even a perfect x0_hat is a blurred image. That does no harm. The mean in
+        # q_posterior is linear in x_0, so using the average digit there gives the same as using
+        # each digit and averaging the results, which is the true mean of x_{t-1}. And the step
+        # moves only a little towards x0_hat, since x0_weight is small then. The next step asks the
+        # network again.
         mean, beta_tilde = self.q_posterior(x0_hat, xt, t)
         if t == 1:  # x_0 is the result, and noise would only make it grainy
             return mean
@@ -477,7 +478,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
+        torch.ones(1, device=text).item()  # reads the value, which "meta" does not have
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)

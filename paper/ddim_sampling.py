@@ -3,9 +3,11 @@
 Denoising Diffusion Implicit Models (Song et al. 2020, arXiv 2010.02502). L_simple depends only on
 q(x_t | x_0), and not on how x_t depends on x_{t-1}. There are other forward processes with the same
 q(x_t | x_0) for every t, and since their loss is the same, the same trained network can reverse
-them too. This gives a family of samplers, which differ in how much fresh noise they add (eta) and
-may skip most of the steps. With eta = 0 they add none, so x_0 is a function of x_T: one can
-interpolate between two x_T, and run the sampler backwards from an image to its x_T.
+them too. This gives a family of samplers, which differ in how much fresh noise they add (eta). They
+may also skip most of the steps, because a forward process that visits only some of the t, with the
+same q(x_t | x_0) there, needs the network at no other t. With eta = 0 no noise is added, so x_0 is
+a function of x_T: one can interpolate between two x_T, and run the sampler backwards from an image
+to its x_T.
 
     python paper/ddim_sampling.py                               # train, then sample
     python paper/ddim_sampling.py --load assets/ddpm_mnist.pt   # with a network from ddpm_mnist.py
@@ -153,7 +155,8 @@ class Diffusion:
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
             # eps_hat must change with x0_hat, so that the two still add up to x_t (DDPM, Eq. 4).
-            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat ours is equal.
+            # DDPM's mean mixes the clipped x0_hat and x_t itself. With this eps_hat, ours is equal
+            # to it if eta = 1 and t_next = t - 1.
             eps_hat = (xt - alpha_bar.sqrt() * x0_hat) / noise_variance.sqrt()
         # Unlike the tables in __init__, this is computed in float32. The error is then about 1e-7,
         # which is small even compared with the smallest beta, 1e-4.
@@ -525,7 +528,7 @@ def within(low, high, kind=int):
 def existing_device(text):
     """The type of --device, for argparse: a device that this machine has."""
     try:
-        torch.ones(1, device=text).item()  # "meta" can be created, but has no values
+        torch.ones(1, device=text).item()  # reads the value, which "meta" does not have
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be used: {error}") from None
     return torch.device(text)
@@ -624,8 +627,8 @@ def load_model(path):
         sys.exit(f"--load {path}: {error.strerror}")
     except Exception as error:  # torch.load's own message would suggest weights_only=False
         sys.exit(f"--load {path}: empty, damaged or not a model.pt ({type(error).__name__})")
-    # ^: the names of arguments that only one of the two UNets takes. ("attention" does not count,
-    # because it is optional where it exists, in ddpm_cifar.py.)
+    # The file's UNet and ours must take the same arguments: ^ gives the names that only one of them
+    # has. ("attention" does not count, because it is optional where it exists, in ddpm_cifar.py.)
     other_arguments = (unet.keys() ^ CPU["unet"].keys()) - {"attention"}
     if other_arguments or unet["channels"] != CPU["unet"]["channels"]:
         sys.exit(f"--load {path}: its network is of a different kind from the UNet in this script")
@@ -665,8 +668,8 @@ def compare(xT, diffusion, model, S_values, samplers, seed, clip):
     """
     for S in sorted({min(S, diffusion.T) for S in S_values}):
         for name, options in samplers.items():
-            # In T steps there is only one choice of times, so quadratic would be ddim, and eta1
-            # would differ from ddpm only in the variance.
+            # In T steps there is only one choice of times, so quadratic would be ddim. And in steps
+            # as short as these, the two variances, of ddpm and of eta1, give similar results.
             if S == diffusion.T and name in ["eta1", "quadratic"]:
                 continue
             # The samplers that add noise all get the same z, so that they can be compared. main
@@ -688,9 +691,10 @@ def estimates(diffusion, model, xT, clip):
     Why not stop at the first estimate? At t = T, x_t contains almost no signal, and predict_x0
     divides by sqrt(alpha_bar_T). With T = 1000 this multiplies the errors of eps_hat by 157, so
     x0_hat is nothing but specks. At t = 800, x0_hat is a blur, almost the same for every x_T. The
-    squared error, for which the network is trained, is smallest for the conditional mean, that is,
-    for the average of all images that x_t may have come from, and these are still digits of every
-    kind. Fewer remain after each step, until the average is a single digit.
+    squared error of eps_hat is smallest for the conditional mean of eps given x_t. For a given x_t,
+    x_0 is a linear function of eps, so x0_hat is then the mean of x_0, the average of all images
+    that x_t may have come from, and these are still digits of every kind. Fewer remain after each
+    step, until the average is a single digit.
     """
     fractions = [1, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0]
     times = sorted({max(1, round(u * diffusion.T)) for u in fractions}, reverse=True)
