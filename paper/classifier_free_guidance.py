@@ -7,7 +7,7 @@ each label is dropped with probability 0.1 during training. The difference betwe
 predictions shows what the label contributes. Sampling scales it by a guidance weight w and adds it
 to the prediction without a label. A larger w gives clearer but less varied digits.
 
-    python paper/classifier_free_guidance.py  # eight minutes on two CPU cores
+    python paper/classifier_free_guidance.py  # seven minutes on two CPU cores
     python paper/fid_is.py runs/classifier_free_guidance/*.npz --plot  # accuracy against diversity
     python paper/classifier_free_guidance.py --load assets/classifier_free_guidance.pt --w 2
 

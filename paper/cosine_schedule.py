@@ -8,7 +8,7 @@ weights and on the same images, t and noise. Then each generates samples twice i
 in DDIM's terms: the variance beta_tilde), from noise at t = T and from noise at t = 0.8 T. If
 leaving out the last fifth of 1..T does no harm, it was wasted.
 
-    python paper/cosine_schedule.py                              # seven minutes on two CPU cores
+    python paper/cosine_schedule.py                              # six minutes on two CPU cores
     python paper/cosine_schedule.py --load runs/cosine_schedule  # samples only
 
 --load takes the folder of an earlier run. Ctrl-C ends the training of the current network only.

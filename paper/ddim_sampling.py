@@ -13,7 +13,7 @@ to its x_T.
     python paper/ddim_sampling.py --load assets/ddpm_mnist.pt   # with a network from ddpm_mnist.py
     python paper/fid_is.py runs/ddim_sampling/loaded/*.npz      # score its samples
 
-The first takes twelve minutes on two CPU cores, half of them for the training. Writes to
+The first takes nine minutes on two CPU cores, five of them for the training. Writes to
 runs/ddim_sampling/ (with --load to the subfolder loaded/, with --smoke to smoke/): the samples of
 each sampler in S steps, for example ddim_0050.npz; steps.png and eta.png, which compare samplers;
 estimates.png (the network's guesses at x_0 on the way), interpolation.png, inversion.png,

@@ -12,7 +12,7 @@ details are from the official code, because the paper does not give them: initia
     python paper/ddpm_paper.py --pretrained --nll     # published weights (143 MB), and their bound
 
 Writes the same files as ddpm_cifar.py, to runs/ddpm_paper/, and with --nll also nll.png. On two CPU
-cores, a small network shows the recipe at work in about 12 minutes. The paper's own training took
+cores, a small network shows the recipe at work in about 20 minutes. The paper's own training took
 10.6 hours on a TPU v3-8, which is about as fast as 8 V100 GPUs.
 
 --pretrained loads the averaged weights (EMA) of the authors' CIFAR-10 run, which DDIM's official

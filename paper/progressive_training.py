@@ -5,7 +5,7 @@ and keeps its weights from stage to stage (nothing in a UNet depends on the imag
 step on small images takes a fraction of the time. This script tests the tip against plain training
 at full size for the same time, with a quarter, a half and all of --steps at full size.
 
-    python paper/progressive_training.py  # ten minutes on two CPU cores
+    python paper/progressive_training.py  # seven minutes on two CPU cores
     python paper/progressive_training.py --load runs/progressive_training  # samples only
 
 --load takes the folder of an earlier run. Ctrl-C ends the race, and the networks as trained so far
