@@ -152,7 +152,7 @@ MISTAKES = {
             ("        x0_hat = x0_hat.clamp(-1, 1)\n", "", "not clipped"),
             ("clamp(-1, 1)", "clamp(0, 1)", "[0, 1]"),
             ("clamp(-1, 1)", "clamp(max=1)", "above only"),
-            ("(xt - (1 - a).sqrt() * eps_hat)", "(xt - (1 - a) * eps_hat)", "in x0_hat, the factor"),
+            ("(xt - (1 - a).sqrt() * eps_hat)", "(xt - (1 - a) * eps_hat)", "the factor of eps"),
             ("(xt - (1 - a).sqrt() * eps_hat)", "(xt + (1 - a).sqrt() * eps_hat)", "is added"),
             ("eps_hat) / a.sqrt()", "eps_hat) / a", "not by alpha_bar_t itself"),
             ("(1 - a_next) / (1 - a) *", "(1 - a) / (1 - a_next) *", "upside down"),
