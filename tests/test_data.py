@@ -159,6 +159,24 @@ def test_without_network_crops_of_photographs_step_in(path, tmp_path, capsys, mo
     assert (images[0].float() - corner).abs().max() <= 0.5
 
 
+@first_of(DIGITS + COLOUR)
+def test_a_run_with_other_data_says_so_and_keeps_their_name(path, tmp_path, capsys, monkeypatch):
+    """In the report of a run without network, and in its model.pt."""
+    asked, found = ("mnist", "mnist5k") if path in DIGITS else ("cifar10", "photos")
+    monkeypatch.setattr(CIFAR10, "download", unreachable)
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", unreachable)
+    monkeypatch.setattr(torchvision.datasets.mnist, "check_integrity", lambda *_: False)
+    flags = ["--smoke", "--data", asked, "--data-root", tmp_path / "none", "--out", tmp_path]
+    flags += ["--S", "2"] if "ddim" in path else []
+    load(path).main([str(flag) for flag in flags])
+    assert f"images ({found})" in capsys.readouterr().out
+    models = list(tmp_path.glob("model*.pt"))
+    assert models
+    for model in models:
+        saved = torch.load(model, weights_only=True)
+        assert saved["settings"]["data"] == found
+
+
 @each(DIGITS + COLOUR)
 def test_the_server_has_ten_seconds(path):
     assert "socket.setdefaulttimeout(10)" in inspect.getsource(load(path))

@@ -1267,4 +1267,5 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad, tmp_path, capsys, mon
         + [flag for flag in flags if flag.startswith("--")]
     )
     assert any(name in message for name in named), message
+    assert bad not in ("alpha", "16 bit") or "transparent or has 16 bits" in message
     assert set(tmp_path.rglob("*")) - before <= {tmp_path / "out"}
