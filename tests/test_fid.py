@@ -1205,7 +1205,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(bad, tmp_path, capsys, mon
         np.savez(samples[0], bad_pixels(bad))
     elif bad in BAD_LABELS:
         y = dict(
-            shorter=np.arange(3), floats=np.zeros(4), negative=-np.arange(4),
+            shorter=np.zeros(3, int), floats=np.zeros(4), negative=-np.arange(4),
             beyond=1000 + np.arange(4), foreign=np.arange(4) // 2 + 1,
         )[bad]  # fmt: skip
         np.savez(samples[0], pixels, y)
