@@ -522,9 +522,11 @@ class CtrlC:
 def test_ctrl_c_in_training_keeps_what_was_learned(path, tmp_path, monkeypatch, capsys):
     CtrlC(load(path), monkeypatch, "training", 2)
     flags = ["--smoke", "--steps", "6", "--out", str(tmp_path)]
+    monkeypatch.setitem(load(path).SMOKE, "save_every", 17)
     load(path).main(flags)
     out = capsys.readouterr().out
     assert "Stopped after 2 training steps" in out
+    assert ("last checkpoint, saved every 17 steps" in out) == (path in RESUMABLE)
     names = {p.name for p in tmp_path.iterdir()}
     assert [name for name in names if name.endswith(".npz")]
     models = sorted(tmp_path.glob("model*.pt"))
