@@ -400,6 +400,18 @@ def test_a_file_that_is_no_network_is_one_line(path, smoke, tmp_path, capsys):
     assert not (tmp_path / "sprung").exists()
 
 
+@each(RESUMABLE)
+def test_a_file_that_is_no_checkpoint_is_one_line(path, tmp_path, capsys):
+    """The same files as checkpoint.pt, for --resume."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in harmful_files(tmp_path):
+        (out / "checkpoint.pt").write_bytes((tmp_path / name).read_bytes())
+        message = one_line(path, ["--smoke", "--resume", "--out", out], capsys)
+        assert str(out / "checkpoint.pt") in message and "weights_only" not in message
+    assert not (tmp_path / "sprung").exists()
+
+
 @first_of(TRAIN)
 def test_a_network_of_another_kind_is_refused(path, smoke, tmp_path, capsys):
     """Each script's model.pt in each other script: it either generates images or says why not."""

@@ -907,6 +907,17 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_a_kept_classifier_that_would_run_code_is_trained_anew(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return type(tmp_path).touch, (tmp_path / "sprung",)
+
+    torch.save(Trap(), tmp_path / "classifier.pt")
+    script.find_classifier(*squares(), tmp_path / "classifier.pt", CPU, 1)
+    assert not (tmp_path / "sprung").exists()
+    assert "weights" in torch.load(tmp_path / "classifier.pt", weights_only=True)
+
+
 # The command line ----------------------------------------------------------------------------
 
 
