@@ -400,7 +400,7 @@ def test_a_file_that_is_no_network_is_one_line(path, smoke, tmp_path, capsys):
     assert not (tmp_path / "sprung").exists()
 
 
-@each(RESUMABLE)
+@first_of(RESUMABLE)
 def test_a_file_that_is_no_checkpoint_is_one_line(path, tmp_path, capsys):
     """The same files as checkpoint.pt, for --resume."""
     out = tmp_path / "out"

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR, MNIST, ROOT, TRAIN, each, first_of, having, load
+from conftest import CIFAR, MNIST, ROOT, TRAIN, first_of, having, load
 from PIL import Image, ImageSequence
 
 PAPER = "paper/ddpm_paper.py"
@@ -89,7 +89,7 @@ ROWS = {
 }
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_each_file_has_a_test(path, smoke):
     """A new file of --smoke must get a row above, and a row must name a test that exists."""
     names = {file.name for file in smoke(path).iterdir()}
