@@ -145,7 +145,9 @@ def test_settings_come_from_flags_then_smoke_then_the_device(path, monkeypatch):
     """For each setting: the device's default, --smoke's, and a flag's value win in this order."""
     script = load(path)
     assert script.GPU.keys() == script.CPU.keys() >= script.SMOKE.keys()
-    args = vars(script.parse_args(["--device", "cpu"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that is not to be used
+        args = vars(script.parse_args(["--device", "cpu"]))
     assert args.items() >= script.CPU.items()
     args = vars(script.parse_args(["--device", "cpu", "--smoke"]))
     assert args.items() >= (script.CPU | script.SMOKE).items()
