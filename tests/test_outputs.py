@@ -276,6 +276,7 @@ def test_the_film_shows_x_t_above_its_estimate(monkeypatch, tmp_path):
     assert durations[:30] == [100] * 30 and len(pictures) >= 35
     for picture, frame in zip(pictures, expected, strict=False):
         assert np.abs(picture.astype(int) - frame).max() <= 3
+    assert np.abs(pictures[-1].astype(int) - expected[-1]).max() <= 3 and durations[-1] >= 1500
     height = expected[0].shape[0]
     with Image.open(tmp_path / "denoising.png") as picture:
         column = np.array(picture.convert("RGB")).astype(int)
