@@ -323,6 +323,18 @@ def test_the_files_hold_what_each_network_generates(monkeypatch, tmp_path):
         assert saved["steps"] == 7 and saved["task"] == load(PATH).TASK and "32x32" in saved["task"]
 
 
+def test_the_report_has_the_seconds_of_both_networks(monkeypatch, tmp_path, capsys):
+    clock = [0]
+
+    def generate(diffusion, network, n, size, seed):
+        clock[0] += 7
+        return torch.zeros(n, 1, size, size, dtype=torch.uint8)
+
+    monkeypatch.setattr(load(PATH).time, "perf_counter", lambda: clock[0])
+    main(monkeypatch, tmp_path, "--smoke", "--samples", "5", generate=generate)
+    assert "5 samples each in 14 s: " in capsys.readouterr().out
+
+
 def test_race_png_and_stages_png_show_what_was_measured(monkeypatch, tmp_path):
     _, figures = main(monkeypatch, tmp_path, "--smoke", "--samples", "5")
     [axes] = figures["race.png"].axes
