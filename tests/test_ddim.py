@@ -524,6 +524,20 @@ def test_interpolation_runs_on_the_arc_between_two_x_T(known):
         assert nearly(row[[0, 10]], ends[[n, n + 4]])
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_interpolation_clips_as_it_is_told(clip, monkeypatch):
+    script, seen = load("paper/ddim_sampling.py"), []
+
+    def ddim_sample(self, model, shape, S, clip=True, xT=None, **options):
+        seen.append(clip)
+        return xT
+
+    monkeypatch.setattr(script.Diffusion, "ddim_sample", ddim_sample)
+    diffusion = script.Diffusion(script.linear_beta(10))
+    script.interpolate(diffusion, None, torch.randn(8, 1, 28, 28), clip)
+    assert seen == [clip] * 4
+
+
 def test_inversion_is_of_images_that_were_not_trained_on(known):
     """One image of each of eight classes; its x_T; and back again, whatever --clip says."""
     [(_, _, rows)] = blocks(known.figures["inversion.png"])

@@ -126,7 +126,10 @@ def grid(images, columns):
 
 @first_of([MNIST, CIFAR, PAPER])
 def test_samples_are_those_of_the_sampler(path, monkeypatch, tmp_path):
-    """Rounded bytes with the channels last and in their order; the picture is a grid of them."""
+    """Rounded bytes with the channels last and in their order; the picture is a grid of them.
+
+    There are as many as asked for, in batches of at most 500.
+    """
     script = load(path)
     asked = []
 
@@ -136,15 +139,15 @@ def test_samples_are_those_of_the_sampler(path, monkeypatch, tmp_path):
         return torch.from_numpy((known_bytes(shape) - 0.3) / 127.5 - 1).float()
 
     monkeypatch.setattr(script.Diffusion, "sample", sample)
-    script.main(["--smoke", "--samples", "7", "--out", str(tmp_path)])
-    shape, training = asked[-1]
-    assert shape[0] == 7 and not training
-    expected = known_bytes(shape).transpose(0, 2, 3, 1)
+    script.main(["--smoke", "--samples", "503", "--out", str(tmp_path)])
+    shapes = [shape for shape, _ in asked[-2:]]
+    assert [shape[0] for shape in shapes] == [500, 3] and not any(mode for _, mode in asked)
+    expected = np.concatenate([known_bytes(shape) for shape in shapes]).transpose(0, 2, 3, 1)
     with np.load(tmp_path / "samples.npz") as file:
         assert file.files == ["arr_0"] and np.array_equal(file["arr_0"], expected)
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.mode == "RGB"
-        assert np.array_equal(np.array(picture), grid(expected, columns=2))
+        assert np.array_equal(np.array(picture), grid(expected, columns=22))
 
 
 @first_of(
