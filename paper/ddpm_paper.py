@@ -910,6 +910,7 @@ def main(argv=None):
         # From here on, `model` is the averaged model (EMA).
         model, losses = train_distributed(diffusion, model, images.to(args.device), args)
         if args.ranks > 1:
+            dist.barrier()  # in older versions of PyTorch, a rank that leaves early hangs
             dist.destroy_process_group()
         if args.rank > 0:
             return
