@@ -357,6 +357,7 @@ def autocast(device):
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        # The public test, torch.cpu.get_capabilities, is missing before PyTorch 2.11.
         bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 

@@ -224,8 +224,8 @@ class UNet(nn.Module):
 
     channels: C. widths: the number of channels at each resolution, finest first, in multiples of
     16. Every resolution after the first halves H and W, so both must be divisible by
-    2 ** (len(widths) - 1). blocks: how many ResBlocks each resolution has on the way down, and as
-    many again on the way up. The coarsest always has two, with attention between them.
+    2 ** (len(widths) - 1). blocks: how many ResBlocks each resolution but the coarsest has on
+    the way down, and again on the way up. The coarsest has two, with attention between them.
     """
 
     def __init__(self, channels, widths, blocks):
@@ -312,6 +312,7 @@ def autocast(device):
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        # The public test, torch.cpu.get_capabilities, is missing before PyTorch 2.11.
         bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
