@@ -164,6 +164,8 @@ def test_settings_come_from_flags_then_smoke_then_the_device(path, monkeypatch):
     monkeypatch.setattr(script, "existing_device", torch.device)
     args = vars(script.parse_args(["--device", "cuda"]))
     assert args.items() >= script.GPU.items()
+    args = vars(script.parse_args(["--device", "cuda", "--smoke"]))
+    assert args.items() >= (script.GPU | script.SMOKE).items()
     for flag, value in (("steps", 7), ("batch_size", 9), ("T", 11), ("seed", 12), ("samples", 13)):
         given = ["--smoke", "--" + flag.replace("_", "-"), str(value)]
         assert vars(script.parse_args(given))[flag] == value
@@ -171,6 +173,21 @@ def test_settings_come_from_flags_then_smoke_then_the_device(path, monkeypatch):
     assert script.parse_args([]).out == Path("runs", Path(path).stem)
     assert script.parse_args(["--smoke"]).out == Path("runs", Path(path).stem, "smoke")
     assert script.parse_args(["--out", "x"]).out == Path("x")
+
+
+@each(TRAIN)
+def test_smoke_is_quick_on_every_device(path, monkeypatch):
+    """A few steps of a small network, with data that a package holds, and nothing to compile."""
+    script = load(path)
+    monkeypatch.setattr(script, "existing_device", torch.device)
+    for device in ("cpu", "cuda"):
+        args = script.parse_args(["--smoke", "--device", device])
+        assert args.steps <= 10 and args.T <= 100 and max(args.unet["widths"]) <= 32
+        assert args.data in ("mnist5k", "photos") and not getattr(args, "compile", False)
+        for name in ("save_every", "preview_every"):  # each happens within the few steps
+            assert getattr(args, name, 1) < args.steps
+        assert getattr(args, "classifier_recipe", {"steps": 1})["steps"] <= 10
+        assert args.samples <= 256
 
 
 @each(SCRIPTS)

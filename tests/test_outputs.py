@@ -1,5 +1,6 @@
 """Every file that a script writes holds what its name says; a file without a row here fails."""
 
+import inspect
 from fnmatch import fnmatch
 
 import numpy as np
@@ -251,9 +252,13 @@ def test_the_loss_curve_is_a_moving_average(script, tmp_path, kept):
 
 
 def test_the_film_shows_x_t_above_its_estimate(monkeypatch, tmp_path):
-    """From noise to image: [-1, 1] as black to white in every frame; the last frame stays."""
+    """From noise to image: [-1, 1] as black to white in every frame; the last frame stays.
+
+    Its chains are drawn with the same --variance as the samples.
+    """
     script = load(MNIST)
     steps = []
+    variances = set()
     usual = script.Diffusion.p_sample
 
     def p_sample(self, model, xt, t, *options, **named):
@@ -261,10 +266,14 @@ def test_the_film_shows_x_t_above_its_estimate(monkeypatch, tmp_path):
             eps_hat = model(xt, torch.full((8,), t))
             x0_hat = (xt - (1 - self.alpha_bar[t]).sqrt() * eps_hat) / self.alpha_bar[t].sqrt()
             steps.append((t, torch.cat([xt, x0_hat]).float()))
+            given = inspect.signature(usual).bind(self, model, xt, t, *options, **named)
+            variances.add(given.arguments["variance"])
         return usual(self, model, xt, t, *options, **named)
 
     monkeypatch.setattr(script.Diffusion, "p_sample", p_sample)
-    script.main(["--smoke", "--T", "70", "--samples", "3", "--out", str(tmp_path)])
+    flags = ["--smoke", "--T", "70", "--samples", "3", "--variance", "beta_tilde"]
+    script.main([*flags, "--out", str(tmp_path)])
+    assert variances == {"beta_tilde"}
     assert [t for t, _ in steps] == list(range(70, 0, -1))
     expected = []
     for t, images in steps:
