@@ -279,6 +279,8 @@ MISTAKES = {
             ("    p_y", "    p.clamp_(min=1e-12)\n    p_y", "not even"),
             ("xlogy(p, p).sum(1).mean()", "xlogy(p, p).sum(0).mean()", "other way round"),
             ("return (entropy", "raise NotImplementedError\n    return (entropy", "stopped with"),
+            ("(entropy - mean_entropy)", "torch.nn.functional.kl_div(p, p_y + 0 * p, "
+             "reduction='batchmean')", "takes a logarithm first"),
         ],
         "fid": [
             ("- 2 * overlap", "- overlap", "counts twice"),
@@ -308,6 +310,12 @@ MISTAKES = {
             ("- 2 * between", "+ 2 * between", "subtracted"),
             (" - 2 * between).item()", " - 2 * between)", "float"),
             ("    between", "    features1 += 1\n    between", "not be changed"),
+            ("(N * (N - 1))", "(N - 1)", "not N - 1"),
+            ("k.sum() - k.diagonal().sum()", "k.sum() - N", "k(x, x) is not 1"),
+            ("k.sum() - k.diagonal().sum()", "2 * k.tril().sum()", "keep the diagonal"),
+            ("(k.sum() - k.diagonal().sum()) / (N * (N - 1))", "k.roll(1, 0).diagonal().mean()",
+             "not one partner"),
+            ("features2).mean()", "features2).sum()", "a mean over pairs as well"),
         ],
         "over_draws": [
             ("torch.randperm(len(features))", "torch.arange(len(features))", "other rows"),
@@ -323,6 +331,9 @@ MISTAKES = {
             ("[order[:n]], reference", "[order[:n]], reference[:n]", "whole"),
             ("order[:n]", "order[: n + 1]", "n = 12 rows"),
             ("[order[:n]]", "[:n]", "other rows"),
+            ("randperm(len(features))", "randperm(features)", "takes the number of rows"),
+            ("randperm(len(features))", "randperm(len(features), generator="
+             "torch.Generator().manual_seed(len(scores)))", "makes the same draws"),
         ],
     },
     "05_elbo": {
