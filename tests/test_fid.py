@@ -420,8 +420,9 @@ def test_nearest_png_shows_samples_above_their_neighbours(figures, tmp_path):
     assert [text.get_text() for text in first.get_yticklabels()] == [
         "sample", "nearest", "2nd", "3rd",
     ]  # fmt: skip
-    assert first.get_ylim() == (3.5, -0.5) and "by pixels" in first.get_xlabel()
-    assert "by features" in second.get_xlabel()
+    assert first.get_ylim() == (3.5, -0.5)
+    for axes, space in ((first, "pixels"), (second, "features")):
+        assert axes.get_xlabel() == f"distance to the nearest training image, by {space}"
     assert torch.equal(cells(second, 4, 16, 8)[0], samples[30 - ranks, 0])
 
 
@@ -1014,7 +1015,8 @@ def test_scores_and_plots_hold_the_numbers_of_the_sets(figures, tmp_path, monkey
     assert [name for name, *_ in drawn] == [name for name, *_ in points]
     for (_, *point), (_, *expected) in zip(drawn, points, strict=True):
         assert point == pytest.approx(expected)
-    assert "diversity" in axes.get_xlabel() and axes.get_ylabel() == "accuracy"
+    assert axes.get_xlabel() == "diversity: variance within a class"
+    assert axes.get_ylabel() == "accuracy"
     axes = figures["distance.png"].axes[0]
     torch.manual_seed(3)
     for container, (name, features) in zip(axes.containers, curves, strict=True):
@@ -1026,7 +1028,8 @@ def test_scores_and_plots_hold_the_numbers_of_the_sets(figures, tmp_path, monkey
         assert line.get_ydata() == pytest.approx(means)
         for segment, mean, std in zip(bars.get_segments(), means, stds, strict=True):
             assert segment[:, 1] == pytest.approx([mean - std, mean + std])
-    assert "mean of 10 draws" in axes.get_ylabel() and axes.get_ylabel().startswith("FD")
+    assert axes.get_ylabel() == "FD, mean of 10 draws" and axes.get_yscale() == "log"
+    assert axes.get_xlabel() == "number of samples" and axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["6", "12", "24", "48"]
 
 

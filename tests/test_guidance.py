@@ -600,6 +600,7 @@ def test_accuracy_png_shows_what_was_measured(monkeypatch, tmp_path):
     [guessing] = axes.lines
     assert list(guessing.get_ydata()) == [0.1, 0.1] and guessing.get_linestyle() == "--"
     assert axes.get_xlabel() == "t" and axes.get_ylabel() == "accuracy"
+    assert axes.get_title() == "classifier on $x_t$ of held-out images (dashed: guessing)"
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] >= 1
 
 
@@ -618,6 +619,7 @@ def test_loss_png_has_both_losses(monkeypatch, tmp_path):
         means = [values[i - window : i].mean().item() for i in x]
         assert np.asarray(y) == pytest.approx(np.array(means))
     assert axes.get_xlabel() == "training step" and axes.get_yscale() == "log"
+    assert axes.get_title() == "$L_{simple}$ or cross-entropy"
 
 
 # Training ---------------------------------------------------------------------------------------

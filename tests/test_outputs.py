@@ -248,7 +248,7 @@ def test_the_loss_curve_is_a_moving_average(script, tmp_path, kept):
     assert line.get_xdata().tolist() == list(range(3, 131))
     assert np.allclose(line.get_ydata(), means, rtol=1e-5)
     assert axes.get_yscale() == "log" and axes.get_xlabel() == "training step"
-    assert "simple" in axes.get_title() and "mean of 3 training steps" in axes.get_title()
+    assert axes.get_title() == "$L_{simple}$, mean of 3 training steps"
 
 
 def test_the_film_shows_x_t_above_its_estimate(monkeypatch, tmp_path):

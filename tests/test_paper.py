@@ -427,6 +427,7 @@ def test_the_plot_shows_each_term_at_its_t(tmp_path, monkeypatch):
     [line] = axes.get_lines()
     assert line.get_xydata().tolist() == [[0, 0.5], [1, 0.25], [2, 0.125]]
     assert axes.get_yscale() == "log" and axes.get_title() == "a title"
+    assert axes.get_xlabel() == "t" and axes.get_ylabel() == "$L_t$ in bits per dimension"
 
 
 def test_test_crops_share_no_pixel_with_training_crops(monkeypatch):

@@ -342,7 +342,8 @@ def test_race_png_and_stages_png_show_what_was_measured(monkeypatch, tmp_path):
     assert lines == [
         ([10, 20, 41], [0.3, 0.2, 0.1], "plain"), ([11, 21], [0.5, 0.4], "progressive"),
     ]  # fmt: skip
-    assert "seconds" in axes.get_xlabel() and "held-out" in axes.get_ylabel()
+    assert axes.get_xlabel() == "seconds of training"
+    assert axes.get_ylabel() == "$L_{simple}$ at 32x32 on held-out images"
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["plain", "progressive"]
     assert axes.lines[0].get_color() != axes.lines[1].get_color()
 
