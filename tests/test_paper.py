@@ -383,16 +383,20 @@ class FakeCIFAR10:
 
 
 def test_nll_is_the_mean_over_test_images(smoke, tmp_path, monkeypatch, capsys, sampled):
-    """In batches, the last one smaller; each image counts the same. The bound of level k is k bits.
+    """In batches, the last one smaller; each image counts the same.
 
-    There are 70, fewer than asked for, and the report says so.
+    The bound of level k is k bits, all in L_0, and 1.5 in L_{T-1} and 0.25 in L_T.
+    There are 70 images, fewer than asked for, and the report says so.
     """
     script, batches = load(PAPER), []
 
     def bound(self, model, x0, variance):
         k = (x0[:, 0, 0, 0] + 1) * 127.5
         batches.append(k.round().long().tolist())
-        return torch.cat([k.mean().view(1), torch.zeros(self.T)])
+        terms = torch.zeros(self.T + 1)
+        terms[0] = k.mean()
+        terms[-2:] = torch.tensor([1.5, 0.25])
+        return terms
 
     monkeypatch.setattr(script, "CIFAR10", FakeCIFAR10)
     monkeypatch.setattr(script.Diffusion, "bound", bound)
@@ -400,7 +404,8 @@ def test_nll_is_the_mean_over_test_images(smoke, tmp_path, monkeypatch, capsys, 
     together = sum(batches, [])
     assert len(batches) > 1 and len(batches[-1]) < len(batches[0])
     assert sorted(together) == list(range(100, 170)) != together  # so that fewer are a sample
-    assert "134.500 bits per dimension of 70 test images (cifar10)" in capsys.readouterr().out
+    bits = "136.250 bits per dimension of 70 test images (cifar10)"
+    assert f"{bits}, of which L_0 134.500 and L_T 0.2500" in capsys.readouterr().out
     assert (tmp_path / "nll.png").stat().st_size > 1000
 
 
