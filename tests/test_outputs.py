@@ -1,12 +1,14 @@
 """Every file that a script writes holds what its name says; a file without a row here fails."""
 
 import inspect
+import re
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR, MNIST, ROOT, TRAIN, first_of, having, load
+from conftest import CIFAR, MNIST, ROOT, TRAIN, definitions, first_of, having, load
 from PIL import Image, ImageSequence
 
 PAPER = "paper/ddpm_paper.py"
@@ -296,3 +298,36 @@ def test_the_film_shows_x_t_above_its_estimate(monkeypatch, tmp_path):
     for k, frame in enumerate(expected[::6]):
         top = 2 + k * (height + 2)
         assert np.abs(column[top : top + height, 2:-2] - frame).max() <= 1
+
+
+@first_of([path for path in TRAIN if not path.endswith("progressive_training.py")])
+def test_the_report_tells_training_from_sampling(path, monkeypatch, tmp_path, capsys):
+    """By a clock on which a training step takes 1,000 s and a step of the sampler 1 s.
+
+    The two scripts that train two networks report the time of everything together.
+    """
+    script = load(path)
+    clock = [0]
+    usual = script.UNet.forward
+
+    def forward(self, *inputs, **named):
+        clock[0] += 1000 if self.training and torch.is_grad_enabled() else 1
+        return usual(self, *inputs, **named)
+
+    monkeypatch.setattr(script.UNet, "forward", forward)
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    more = ["--nll", "2"] if path == PAPER else []
+    script.main(["--smoke", "--samples", "10", *more, "--out", str(tmp_path)])
+    report = capsys.readouterr().out.splitlines()[-1]
+    seconds = [int(n) for n in re.findall(r"(\d+) s\b", report)]
+    args = script.parse_args(["--smoke"])
+    if "plot_loss" not in definitions(path):
+        assert 1000 * args.steps < seconds[0] <= clock[0] and len(seconds) == 1
+        return
+    training, sampling = seconds
+    previews = args.T if hasattr(args, "preview_every") else 0
+    assert training == 1000 * args.steps + previews
+    if path in (MNIST, CIFAR, PAPER):
+        assert sampling == args.T
+    else:  # several times, in as many steps
+        assert args.T < sampling < 1000
