@@ -674,7 +674,8 @@ MISTAKES = {
              "return (xt - signal * prediction) / noise, prediction", "x0_hat first"),
         ],
         "implied_weight": [
-            ('"v": snr + 1', '"v": snr', "for v"),
+            ('"v": snr + 1', '"v": snr', "that is W_t of eps"),
+            ("torch.ones_like(snr)", "1 / snr", "the prediction is x0_hat itself"),
             ('"eps": snr', '"eps": 1 / snr', "inverse"),
             ('"eps": snr', '"eps": snr.sqrt()', "square root"),
             ("[kind][t]", "[kind][t][:, None]", "(B,)"),
@@ -699,7 +700,11 @@ MISTAKES = {
         "v_step": [
             ("- delta.sin()", "+ delta.sin()", "the other way"),
             ("delta.cos() * xt - delta.sin() * v_hat", "xt - delta * v_hat", "tangent"),
-            ("phi[t] - phi[t_next]", "phi[t] - phi[t - 1]", "does not arrive"),
+            ("phi[t] - phi[t_next]", "phi[t] - phi[t - 1]", "arrives at t - 1"),
+            ("phi[t] - phi[t_next]", "phi[t]", "by phi[t], and so"),
+            ("phi[t] - phi[t_next]", "phi[t - t_next]", "by phi[t - t_next]"),
+            ("delta.cos() * xt - delta.sin()", "delta.sin() * xt - delta.cos()", "are swapped"),
+            ("delta.cos() * xt", "xt", "does not arrive"),
         ],
     },
     "08_find_the_fault": {},
