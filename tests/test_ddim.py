@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import io
 import itertools
 import math
@@ -524,18 +525,34 @@ def test_interpolation_runs_on_the_arc_between_two_x_T(known):
         assert nearly(row[[0, 10]], ends[[n, n + 4]])
 
 
-@pytest.mark.parametrize("clip", [True, False])
-def test_interpolation_clips_as_it_is_told(clip, monkeypatch):
-    script, seen = load("paper/ddim_sampling.py"), []
+@pytest.mark.parametrize("flag", ["--clip", "--no-clip"])
+def test_clip_reaches_every_figure(flag, monkeypatch, tmp_path):
+    """All that main draws is clipped as it is told, except the way back in the inversion."""
+    script, seen = load(DDIM), []
+    usual = script.Diffusion.ddim_sample
 
-    def ddim_sample(self, model, shape, S, clip=True, xT=None, **options):
-        seen.append(clip)
-        return xT
+    def ddim_sample(self, *options, **named):
+        given = inspect.signature(usual).bind(self, *options, **named)
+        given.apply_defaults()
+        seen.append(given.arguments["clip"])
+        return usual(self, *options, **named)
 
     monkeypatch.setattr(script.Diffusion, "ddim_sample", ddim_sample)
-    diffusion = script.Diffusion(script.linear_beta(10))
-    script.interpolate(diffusion, None, torch.randn(8, 1, 28, 28), clip)
-    assert seen == [clip] * 4
+    for name in ("compare", "estimates", "interpolate"):
+        monkeypatch.setattr(script, name, spy(getattr(script, name), seen))
+    script.main(["--smoke", flag, "--samples", "8", "--out", str(tmp_path)])
+    assert len(seen) > 10 and seen[-1] is False  # the inversion
+    assert set(seen[:-1]) == {flag == "--clip"}
+
+
+def spy(function, seen):
+    """The same function; the value of its argument `clip` is appended to seen."""
+
+    def with_spy(*options):
+        seen.append(inspect.signature(function).bind(*options).arguments["clip"])
+        return function(*options)
+
+    return with_spy
 
 
 def test_inversion_is_of_images_that_were_not_trained_on(known):

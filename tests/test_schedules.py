@@ -164,7 +164,9 @@ def run(monkeypatch, tmp_path, *flags, done=None, **patches):
 @pytest.mark.parametrize("n", [9, 1])
 def test_which_schedule_made_which_file_row_and_line(n, monkeypatch, tmp_path, capsys):
     """Networks whose x_0 is a grey level of its own, right only under its own schedule."""
-    networks, _, figures = run(monkeypatch, tmp_path, "--skip-last", "0.4", "--samples", str(n))
+    settings = load(PATH).SMOKE | {"S": 10}
+    flags = ["--skip-last", "0.4", "--samples", str(n)]
+    networks, _, figures = run(monkeypatch, tmp_path, *flags, SMOKE=settings)
     grey = {"linear": 64, "cosine": 191}
     for name in ("linear", "cosine"):
         for kind in ("samples", "skipped"):
