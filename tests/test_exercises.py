@@ -175,7 +175,7 @@ MISTAKES = {
             ("x0_hat) / (1 - a).sqrt()", "x0_hat)", "a division is missing"),
             ("(xt - a.sqrt() * x0_hat)", "(xt - a * x0_hat)", "the root of alpha_bar_t is missing"),
             ("sigma2.sqrt() * z", "sigma2.sqrt() * torch.randn_like(xt)", "use z"),
-            ("(xt - a.sqrt() * x0_hat)", "(xt - a_next.sqrt() * x0_hat)", "the new eps_hat has the root"),
+            ("(xt - a.sqrt() * x0_hat)", "(xt - a_next.sqrt() * x0_hat)", "the new eps_hat"),
             ("- sigma2)", "- eta**2 * (1 - a_next))", "not eta^2"),
             ("(1 - a_next - sigma2).sqrt()", "math.sqrt(1 - a_next - sigma2)", "NameError"),
         ],
