@@ -441,7 +441,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line(path, tmp_path, capsys):
     assert not (tmp_path / "sprung").exists()
 
 
-@first_of(TRAIN)
+@pytest.mark.slow  # it needs the output of every script
+@each(TRAIN)
 def test_a_network_of_another_kind_is_refused(path, smoke, tmp_path, capsys):
     """Each script's model.pt in each other script: it either generates images or says why not."""
     ours = source_of(smoke(path))

@@ -929,6 +929,7 @@ def small_reference(path, n=40, classes=2):
     return pixels
 
 
+@pytest.mark.slow
 def test_known_sets_explain_the_scores(figures, tmp_path):
     """Each row of known.png: the images of a set, under its line of scores.txt."""
     data, out = tmp_path / "data", tmp_path / "out"
