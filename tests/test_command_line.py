@@ -108,7 +108,7 @@ REFUSED = {  # with --load, besides --steps, --batch-size, --lr and --T
 }
 
 
-@each(TRAIN)
+@first_of(TRAIN)
 def test_load_takes_the_settings_of_training_from_the_file(path, smoke, tmp_path, capsys):
     source = source_of(smoke(path))
     refused = load(path).TRAINING_FLAGS
