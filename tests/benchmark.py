@@ -139,8 +139,8 @@ def unet2d(widths, attention, **more):
 def diffusers_network(size, device, best):
     """The network of google/ddpm-cifar10-32: name, network, context, step(x0).
 
-    With the dropout of the paper, which ours has, too. (In a training step on a CPU, drawing its
-    random numbers takes 7% of the time.)
+    With the dropout of the paper, because ours has it, and on a CPU it takes time to draw its
+    random numbers.
     """
     widths = [8, 8, 16, 16] if size.smoke else [128, 256, 256, 256]
     more = dict(downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, dropout=0.1)
