@@ -469,7 +469,7 @@ def train_resumable(diffusion, model, images, args):
             sys.exit("Stopped before the first training step was complete.")
         print(
             f"Stopped after {len(losses)} training steps. Going on with what has been learned.\n"
-            f"--resume continues from the last checkpoint, saved every {args.save_every} steps."
+            f"A checkpoint is saved every {args.save_every} steps. --resume goes on from the last."
         )
     return ema, torch.stack(losses).cpu()
 

@@ -568,7 +568,7 @@ def test_ctrl_c_in_training_keeps_what_was_learned(path, tmp_path, monkeypatch, 
     load(path).main(flags)
     out = capsys.readouterr().out
     assert "Stopped after 2 training steps" in out
-    assert ("last checkpoint, saved every 17 steps" in out) == (path in RESUMABLE)
+    assert ("A checkpoint is saved every 17 steps. --resume" in out) == (path in RESUMABLE)
     names = {p.name for p in tmp_path.iterdir()}
     assert [name for name in names if name.endswith(".npz")]
     models = sorted(tmp_path.glob("model*.pt"))
