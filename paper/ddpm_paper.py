@@ -139,8 +139,8 @@ class Diffusion:
     def q_posterior(self, x0, xt, t):
         """If x_0 is known: the mean and variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 6-7).
 
-        This follows from Bayes' rule. The mean weighs x_0 and x_t: it is near x_t for most t, and
-        close to x_0 only in the last steps of sampling (at t = 1 it is x_0, at t = 2 halfway).
+        This follows from Bayes' rule. The mean is a weighted sum of x_0 and x_t. For most t
+        it is near x_t, and near x_0 only in the last steps of sampling (at t = 1 it is x_0).
         """
         noise_variance = at(self.one_minus_alpha_bar, t)
         x0_weight = at(self.alpha_bar, t - 1).sqrt() * at(self.beta, t) / noise_variance
