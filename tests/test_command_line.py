@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -588,19 +589,27 @@ def test_ctrl_c_before_the_first_step_is_one_line(path, tmp_path, monkeypatch, c
 @pytest.mark.slow
 @each(SCRIPTS)
 def test_ctrl_c_in_the_terminal_shows_no_traceback(path, tmp_path):
-    """A real signal, wherever the program is after a second and a half of work."""
-    flags = ["--smoke", "--samples", "30000"] if path in TRAIN else []
+    """Real signals: in the training, and again in the sampling if the program goes on with that."""
+    if path in TRAIN:
+        flags = ["--smoke", "--steps", "100000", "--samples", "30000"]
+    else:
+        flags = ["--data-root", str(tmp_path / "file")]  # no folder: it says so, and goes on
+        (tmp_path / "file").touch()
     command = [sys.executable, str(ROOT / path), *flags, "--out", str(tmp_path)]
     hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    options = dict(preexec_fn=hear, cwd=tmp_path, env=environment)
-    with subprocess.Popen(command, **pipes, **options) as process:
-        if path in TRAIN:
-            process.stdout.readline()  # the number of images: the imports are done
-        else:
-            time.sleep(8)
-        time.sleep(1.5)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert "Traceback" not in error, error
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as stderr:
+        options = dict(preexec_fn=hear, cwd=tmp_path, env=environment, encoding="utf-8")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, **options)
+    alarm = threading.Timer(300, process.kill)  # for a program that does not hear Ctrl-C
+    alarm.start()
+    with process:
+        # The first line is about the data, so the imports are done.
+        for i, line in enumerate(process.stdout):
+            if i == 0 or "Going on with what has been learned" in line:
+                time.sleep(1.5)
+                process.send_signal(signal.SIGINT)
+    alarm.cancel()
+    assert "Stopped" in errors.read_text() and process.returncode == 1
+    assert "Traceback" not in errors.read_text()
