@@ -172,5 +172,15 @@ def test_pictures_are_small_and_shown():
 
 
 @each_page
+def test_markdown_leaves_the_formulas_alone(page):
+    """A `$...$` is read as Markdown first, which drops the backslash of `\\,` and may take the
+    underscore of `}_` for emphasis. (A block of maths is not read in this way.)
+    """
+    prose = re.sub(r"`[^`\n]*`", "", without_code(TEXTS[page]))
+    for formula in re.findall(r"\$[^$\n]+\$", prose):
+        assert not re.search(r"\\[!-/:-@\[-`{-~]|[^\w\s]_|\*", formula), formula
+
+
+@each_page
 def test_a_page_speaks_of_the_project_alone(page):
     assert not re.search(r"/root/|/work/|/tmp/|\bsession\b", TEXTS[page])
